@@ -1,0 +1,154 @@
+"""Attention under a structured mask: what a query may see is described, never written out as a [T, T] array.
+
+`Mask` describes; `attend` lowers it by blocks of queries, so that the keys a causal or banded mask hides are never
+multiplied. Within a block the remaining mask is a comparison of indices that the compiler fuses into the softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from gpt_jax.model.positions import alibi_slopes
+from gpt_jax.model.random import dropout
+
+HIDDEN = -1e30  # a score no softmax sees, finite so that a fully hidden row gives no NaN
+
+
+@struct.dataclass
+class Mask:
+    """What a query may see.
+
+    Attributes:
+      kind: 'causal', 'bidirectional', or 'prefix' (bidirectional over the first `prefix_B` tokens, causal after).
+      segments_BxT: document of each token, 0 for padding; tokens see only their own document. None: no documents.
+      prefix_B: length of each row's prefix, for kind 'prefix'.
+    """
+
+    kind: str = struct.field(pytree_node=False, default="causal")
+    segments_BxT: Array | None = None
+    prefix_B: Array | None = None
+
+
+@struct.dataclass
+class Variant:
+    """Per-layer choices: window (None is dense), soft-cap of scores, ALiBi, dropout and talking-head matrices."""
+
+    window: int | None = struct.field(pytree_node=False, default=None)
+    softcap: float = struct.field(pytree_node=False, default=0.0)
+    alibi: bool = struct.field(pytree_node=False, default=False)
+    dropout: float = struct.field(pytree_node=False, default=0.0)
+    keys_B: Array | None = None
+    mix_scores_HxH: Array | None = None
+    mix_weights_HxH: Array | None = None
+
+
+def attend(
+    q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, mask: Mask, variant: Variant, *, block: int | None
+) -> Array:
+    """Scaled dot-product attention of a sequence with itself.
+
+    Args:
+      q_BxTxHxK, k_BxTxGxK, v_BxTxGxK: queries, keys and values; H is a multiple of G (grouped queries).
+      mask: what a query may see. `variant`: see Variant.
+      block: queries per block; None computes all [T, T] scores at once.
+
+    Returns:
+      [B, T, H, K].
+    """
+    T = q_BxTxHxK.shape[1]
+    if block is None or block >= T:
+        return _attend_block(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, 0, 0, mask, variant)
+    block = max(block, -(-T // 64))  # at most 64 blocks to compile
+    outputs = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        low, high = _visible(start, end, T, mask, variant)
+        outputs.append(
+            _attend_block(
+                q_BxTxHxK[:, start:end],
+                k_BxTxGxK[:, low:high],
+                v_BxTxGxK[:, low:high],
+                start,
+                low,
+                mask,
+                variant,
+            )
+        )
+    return jnp.concatenate(outputs, axis=1)
+
+
+def attend_cache(
+    q_BxTxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, positions_BxT: Array, positions_BxS: Array, variant: Variant
+) -> Array:
+    """Attention of new tokens to a cache: a key is seen if it holds a token (position >= 0) not after the query's."""
+    q, s = positions_BxT[:, :, None], positions_BxS[:, None, :]
+    allowed_BxTxS = (s >= 0) & (s <= q)
+    if variant.window is not None:
+        allowed_BxTxS &= q - s < variant.window
+    distance = (q - s) if variant.alibi else None
+    return _softmax_attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, allowed_BxTxS, distance, variant, 0)
+
+
+def _visible(start: int, end: int, T: int, mask: Mask, variant: Variant) -> tuple[int, int]:
+    """The range of keys that queries [start, end) may see at all."""
+    before = start - variant.window + 1 if variant.window is not None else 0
+    if mask.kind == "causal":
+        return max(0, before), end
+    after = end + variant.window - 1 if variant.window is not None else T
+    return max(0, before), min(T, after)
+
+
+def _attend_block(q, k, v, q_start: int, k_start: int, mask: Mask, variant: Variant) -> Array:
+    T, S = q.shape[1], k.shape[1]
+    q_pos, k_pos = q_start + jnp.arange(T)[:, None], k_start + jnp.arange(S)[None, :]
+    allowed: Any = None
+    if mask.kind != "bidirectional" and (T > 1 or k_start + S > q_start + 1):
+        allowed = (k_pos <= q_pos)[None]
+        if mask.kind == "prefix":
+            allowed = allowed | (k_pos[None] < mask.prefix_B[:, None, None])
+    if variant.window is not None:
+        near = (abs(q_pos - k_pos) < variant.window)[None]
+        allowed = near if allowed is None else allowed & near
+    if mask.segments_BxT is not None:
+        q_seg = mask.segments_BxT[:, q_start : q_start + T, None]
+        k_seg = mask.segments_BxT[:, None, k_start : k_start + S]
+        same = (q_seg == k_seg) & (k_seg > 0)
+        allowed = same if allowed is None else allowed & same
+    distance = abs(q_pos - k_pos)[None] if variant.alibi else None
+    return _softmax_attend(q, k, v, allowed, distance, variant, q_start)
+
+
+def _softmax_attend(q, k, v, allowed, distance, variant: Variant, block_id: int) -> Array:
+    """q [B,T,H,K], k and v [B,S,G,K], allowed and distance broadcastable to [B,T,S] or None -> [B,T,H,K]."""
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    q = (q * jnp.asarray(1.0 / math.sqrt(K), q.dtype)).reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
+    if variant.softcap:
+        scores = variant.softcap * jnp.tanh(scores / variant.softcap)
+    if distance is not None:
+        slopes = jnp.asarray(alibi_slopes(H)).reshape(G, H // G, 1, 1)
+        scores = scores - slopes * distance[:, None, None].astype(jnp.float32)
+    if variant.mix_scores_HxH is not None:
+        scores = _mix(scores, variant.mix_scores_HxH)
+    if allowed is not None:
+        scores = jnp.where(allowed[:, None, None], scores, HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if variant.mix_weights_HxH is not None:
+        weights = _mix(weights, variant.mix_weights_HxH)
+    if variant.keys_B is not None:
+        weights = dropout(weights, variant.dropout, jax.vmap(lambda k: jax.random.fold_in(k, block_id))(variant.keys_B))
+    out = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v)
+    return out.reshape(B, T, H, K)
+
+
+def _mix(x_BxGxRxTxS: Array, mixing_HxH: Array) -> Array:
+    B, G, R, T, S = x_BxGxRxTxS.shape
+    mixed = jnp.einsum("bhts,hi->bits", x_BxGxRxTxS.reshape(B, G * R, T, S), mixing_HxH.astype(jnp.float32))
+    return mixed.reshape(B, G, R, T, S)

@@ -1,0 +1,136 @@
+"""What a model is: shapes, variants and execution choices. Plain data, hashable, checked when made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt_jax.errors import UserError, choose
+from gpt_jax.options import option
+
+FFNS = ("gelu_tanh", "gelu", "relu_tanh", "relu2", "swiglu")
+POSITIONS = ("learned", "rope", "alibi", "none")
+LAYER_KINDS = ("dense", "band")
+ATTENTIONS = ("blocks", "dense")
+REMATS = ("none", "full", "dots", "dots_no_batch", "offload_dots")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder stack. Zeros mean 'derive it': see `kv_heads`, `key_size` and `ff_size`."""
+
+    vocab_size: int = option(0, "tokens in the vocabulary; 0 takes the tokenizer's")
+    num_layers: int = option(4, "blocks")
+    d_model: int = option(192, "width of the residual stream")
+    num_heads: int = option(4, "attention heads")
+    num_kv_heads: int = option(0, "heads of keys and values (GQA; 1 is MQA); 0: num_heads")
+    head_dim: int = option(0, "size of a head; 0: d_model / num_heads")
+    head_dims: tuple[int, ...] = option((), "size of each head where they differ (the article's 'different sizes')")
+    d_ff: int = option(0, "width of the feed-forward layer; 0: 4 d_model (swiglu: 8/3 d_model, rounded up to 64)")
+    max_positions: int = option(0, "learned positions; 0: context_length")
+    ffn: str = option("gelu_tanh", " | ".join(FFNS))
+    norm: str = option("layernorm", "layernorm | rmsnorm")
+    norm_eps: float = option(1e-5, "epsilon of the normalisation")
+    bias: bool = option(True, "biases in products and norms")
+    positions: str = option("learned", " | ".join(POSITIONS))
+    rope_base: float = option(10000.0, "base of the rotary frequencies")
+    tie_embeddings: bool = option(True, "the output layer is the transposed embedding")
+    pattern: tuple[str, ...] = option(("dense",), "repeating kinds of layers: dense | band, e.g. ('dense', 'band')")
+    window: int = option(256, "band layers: keys a query sees, itself included")
+    qk_norm: bool = option(False, "RMSNorm of queries and keys per head")
+    logit_softcap: float = option(0.0, "c tanh(logits / c) on the output; 0 is off")
+    attention_softcap: float = option(0.0, "the same on attention scores; 0 is off")
+    talking_heads: bool = option(False, "H x H mixing of attention scores and weights (Shazeer 2020), identity at init")
+    dropout: float = option(0.0, "rate on embeddings, attention weights and residual branches")
+    init_std: float = option(0.02, "standard deviation of the initial weights; learned positions: half of it")
+    scale_residual_init: bool = option(True, "residual projections start 1/sqrt(2 num_layers) smaller (GPT-2)")
+    vocab_multiple: int = option(128, "the embedding is stored padded to a multiple of this")
+    dtype: str = option("float32", "of activations and products: " + " | ".join(DTYPES))
+    param_dtype: str = option("float32", "of stored parameters")
+    attention: str = option("blocks", "blocks: by query blocks that skip what the mask hides | dense: the plain one")
+    query_block: int = option(128, "queries in a block")
+    flatten: bool = option(True, "products over [B*T, D]; False keeps [B, T, D] (a sharded sequence axis)")
+    unroll: int = option(0, "layers unrolled per iteration of the loop over layers; 0 unrolls all")
+    remat: str = option("none", " | ".join(REMATS))
+
+    def __post_init__(self) -> None:
+        choose("ffn", self.ffn, FFNS)
+        choose("norm", self.norm, ("layernorm", "rmsnorm"))
+        choose("positions", self.positions, POSITIONS)
+        choose("attention", self.attention, ATTENTIONS)
+        choose("remat", self.remat, REMATS)
+        choose("dtype", self.dtype, DTYPES)
+        choose("param_dtype", self.param_dtype, DTYPES)
+        for kind in self.pattern:
+            choose("pattern", kind, LAYER_KINDS)
+        for name in ("num_layers", "d_model", "num_heads", "window", "query_block", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.pattern or self.num_layers % len(self.pattern):
+            raise UserError(
+                f"num_layers is {self.num_layers}, not a multiple of the length of pattern {self.pattern!r}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must be in [0, 1).")
+        if self.head_dims:
+            if len(self.head_dims) != self.num_heads:
+                raise UserError(f"head_dims has {len(self.head_dims)} sizes for num_heads={self.num_heads}.")
+            if sum(self.head_dims) != self.d_model:
+                raise UserError(f"head_dims sums to {sum(self.head_dims)}; it must be d_model={self.d_model}.")
+            if self.num_kv_heads not in (0, self.num_heads) or self.positions == "rope" or self.qk_norm:
+                raise UserError("head_dims goes with neither num_kv_heads, rope nor qk_norm.")
+        elif not self.head_dim and self.d_model % self.num_heads:
+            raise UserError(
+                f"num_heads is {self.num_heads}, which does not divide d_model={self.d_model}; "
+                "choose a divisor or set head_dim."
+            )
+        if self.num_heads % self.kv_heads:
+            raise UserError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads={self.num_heads}.")
+        if self.positions == "rope" and self.key_size % 2:
+            raise UserError(f"rope needs an even head_dim, not {self.key_size}.")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def key_size(self) -> int:
+        """Size of a head; with `head_dims`, of the largest."""
+        if self.head_dims:
+            return max(self.head_dims)
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def ff_size(self) -> int:
+        if self.d_ff:
+            return self.d_ff
+        if self.ffn == "swiglu":
+            return -(-8 * self.d_model // 3 // 64) * 64
+        return 4 * self.d_model
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Returns the number of parameters, padded vocabulary rows excluded and a tied embedding counted once."""
+    d, f, bias = config.d_model, config.ff_size, int(config.bias)
+    if config.head_dims:
+        q = kv = d
+    else:
+        q, kv = config.num_heads * config.key_size, config.kv_heads * config.key_size
+    norm = d * (1 + (bias if config.norm == "layernorm" else 0))
+    attention = d * (q + 2 * kv) + q * d + bias * (q + 2 * kv + d)
+    if config.qk_norm:
+        attention += 2 * config.key_size
+    if config.talking_heads:
+        attention += 2 * config.num_heads**2
+    gates = 2 if config.ffn == "swiglu" else 1
+    mlp = gates * (d * f + bias * f) + f * d + bias * d
+    total = config.vocab_size * d + config.num_layers * (attention + mlp + 2 * norm) + norm
+    if config.positions == "learned":
+        total += config.max_positions * d
+    if not config.tie_embeddings:
+        total += config.vocab_size * d
+    return total

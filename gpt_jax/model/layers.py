@@ -1,0 +1,214 @@
+"""The pieces of a block: products, norms, the feed-forward layer, self-attention. Flax Linen, used purely.
+
+Products flatten [B, T, D] to [B*T, D]: the gradient of a 3-D contraction costs transposed copies that a 2-D one does
+not (the largest single effect on CPU). Every parameter names its logical axes; sharding rules map them to a mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+
+from gpt_jax.model.attention import Mask, Variant, attend, attend_cache
+from gpt_jax.model.cache import Cache
+from gpt_jax.model.config import ModelConfig
+from gpt_jax.model.positions import rotate
+from gpt_jax.model.random import dropout, fold_name
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    return jnp.dtype(config.dtype)
+
+
+class Product(nn.Module):
+    """x [..., in] @ kernel [in, *out] + bias, with `in_dims` trailing input axes contracted.
+
+    Attributes:
+      shape: shape of the kernel, input axes first. `axes`: its logical axes. `in_dims`: number of input axes.
+    """
+
+    config: ModelConfig
+    shape: Sequence[int]
+    axes: Sequence[str | None]
+    in_dims: int = 1
+    std: float = 0.02
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, n = self.config, self.in_dims
+        normal = nn.initializers.normal(self.std)
+        dtype = compute_dtype(config)
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(normal, tuple(self.axes)), tuple(self.shape), config.param_dtype
+        ).astype(dtype)
+        out_shape, lead = tuple(self.shape[n:]), x.shape[: x.ndim - n]
+        if config.flatten:
+            x = x.reshape((-1, *x.shape[x.ndim - n :]))
+        if n > 1:  # merge the input axes, e.g. heads x head_dim
+            x = x.reshape((*x.shape[: x.ndim - n], -1))
+            kernel = kernel.reshape((-1, *out_shape))
+        y = lax.dot_general(x.astype(dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        if self.bias and config.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[n:]))
+            y = y + self.param("bias", zeros, out_shape, config.param_dtype).astype(dtype)
+        return y.reshape((*lead, *out_shape))
+
+
+def norm(config: ModelConfig, name: str) -> nn.Module:
+    """LayerNorm or RMSNorm over the last axis, in float32 inside, named `name`."""
+    ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+    kwargs = dict(epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, scale_init=ones)
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(name=name, **kwargs)
+    return nn.LayerNorm(name=name, use_bias=config.bias, bias_init=zeros, **kwargs)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Standard deviation of projections that write to the residual stream (GPT-2: 1/sqrt(2 L) smaller)."""
+    return config.init_std * ((2 * config.num_layers) ** -0.5 if config.scale_residual_init else 1.0)
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu_tanh": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+}
+
+
+class MLP(nn.Module):
+    """W2 act(W1 x); swiglu multiplies by a second W1 (Shazeer 2020); relu_tanh is the article's tanh(W2 relu(W1 x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array) -> Array:
+        config = self.config
+        D, F = config.d_model, config.ff_size
+        act = _ACTIVATIONS[config.ffn]
+        if config.ffn == "swiglu":
+            both = Product(config, (D, 2, F), ("embed", None, "mlp"), std=config.init_std, name="up")(x_BxTxD)
+            h = act(both[..., 0, :]) * both[..., 1, :]
+        else:
+            h = act(Product(config, (D, F), ("embed", "mlp"), std=config.init_std, name="up")(x_BxTxD))
+        y = Product(config, (F, D), ("mlp", "embed"), std=residual_std(config), name="down")(h)
+        return jnp.tanh(y) if config.ffn == "relu_tanh" else y
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of one layer, over the sequence itself or over a cache."""
+
+    config: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxTxD: Array,
+        layer: Array,
+        positions: Array,
+        mask: Mask,
+        cache: Cache | None,
+        keys_B: Array | None,
+    ) -> tuple[Array, Cache | None]:
+        config = self.config
+        D, H, G, K = config.d_model, config.num_heads, config.kv_heads, config.key_size
+        q, k, v = self._project(x_BxTxD)
+        if config.qk_norm:
+            axis = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
+            kwargs = dict(epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, scale_init=axis)
+            q, k = nn.RMSNorm(name="q_norm", **kwargs)(q), nn.RMSNorm(name="k_norm", **kwargs)(k)
+        if config.positions == "rope":
+            q, k = rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base)
+        variant = self._variant(keys_B)
+        if cache is None:
+            block = config.query_block if config.attention == "blocks" else None
+            out = attend(q, k, v, mask, variant, block=block)
+        else:
+            cache = cache.write(layer, k, v)
+            out = attend_cache(q, *cache.read(layer), positions, cache.positions_BxS, variant)
+        std = residual_std(config)
+        if config.head_dims:
+            flat = jnp.concatenate([out[:, :, h, :size] for h, size in enumerate(config.head_dims)], axis=-1)
+            return Product(config, (D, D), ("heads", "embed"), std=std, name="out")(flat), cache
+        project = Product(config, (H, K, D), ("heads", "head_dim", "embed"), in_dims=2, std=std, name="out")
+        return project(out), cache
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        config = self.config
+        D, H, G, K = config.d_model, config.num_heads, config.kv_heads, config.key_size
+        std = config.init_std
+        if config.head_dims:
+            return self._project_unequal(x)
+        if G == H:
+            axes = ("embed", None, "heads", "head_dim")
+            qkv = Product(config, (D, 3, H, K), axes, std=std, name="qkv")(x)
+            return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        q = Product(config, (D, H, K), ("embed", "heads", "head_dim"), std=std, name="q")(x)
+        kv = Product(config, (D, 2, G, K), ("embed", None, "kv_heads", "head_dim"), std=std, name="kv")(x)
+        return q, kv[..., 0, :, :], kv[..., 1, :, :]
+
+    def _project_unequal(self, x: Array) -> tuple[Array, Array, Array]:
+        """Heads of different sizes, padded with zeros to the largest: zeros change neither scores nor outputs."""
+        config = self.config
+        D, K = config.d_model, config.key_size
+        qkv = Product(config, (D, 3, D), ("embed", None, "heads"), std=config.init_std, name="qkv")(x)
+        heads, start = [], 0
+        for size in config.head_dims:
+            part = qkv[..., start : start + size]
+            heads.append(jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, K - size)]))
+            start += size
+        padded = jnp.stack(heads, axis=-2)  # [B, T, 3, H, K]
+        scale = (K / jnp.asarray(config.head_dims, jnp.float32)) ** 0.5  # scores divide by sqrt of the head's own size
+        q = padded[:, :, 0] * scale[:, None].astype(padded.dtype)
+        return q, padded[:, :, 1], padded[:, :, 2]
+
+    def _variant(self, keys_B: Array | None) -> Variant:
+        config = self.config
+        mixing = {}
+        if config.talking_heads:
+            eye = nn.with_logical_partitioning(lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype), (None, None))
+            shape = (config.num_heads, config.num_heads)
+            mixing = {
+                "mix_scores_HxH": self.param("mix_scores", eye, shape, config.param_dtype),
+                "mix_weights_HxH": self.param("mix_weights", eye, shape, config.param_dtype),
+            }
+        return Variant(
+            window=config.window if self.kind == "band" else None,
+            softcap=config.attention_softcap,
+            alibi=config.positions == "alibi",
+            dropout=config.dropout,
+            keys_B=fold_name(keys_B, "attention") if config.dropout and keys_B is not None else None,
+            **mixing,
+        )
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: h = x + Attention(norm(x)); y = h + MLP(norm(h))."""
+
+    config: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, x_BxTxD, layer, positions, mask, cache, keys_B):
+        config = self.config
+        if keys_B is not None:
+            keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys_B)
+        h, cache = Attention(config, self.kind, name="attention")(
+            norm(config, "attention_norm")(x_BxTxD), layer, positions, mask, cache, keys_B
+        )
+        x_BxTxD = x_BxTxD + self._drop(h, keys_B, "attention_out")
+        h = MLP(config, name="mlp")(norm(config, "mlp_norm")(x_BxTxD))
+        return x_BxTxD + self._drop(h, keys_B, "mlp_out"), cache
+
+    def _drop(self, h: Array, keys_B: Array | None, name: str) -> Array:
+        if not self.config.dropout or keys_B is None:
+            return h
+        return dropout(h, self.config.dropout, fold_name(keys_B, name))

@@ -1,0 +1,182 @@
+"""The decoder stack: embeddings, a scanned pattern of blocks, a final norm and the output layer.
+
+Linen is Flax's functional API (init and apply over explicit trees), stable and not deprecated; NNX is a mutable object
+graph and still changing. Used purely: `model.init(key, tokens)`, `model.apply(params, tokens, ...) -> Output`.
+
+Parameters of the blocks are stacked over repetitions of `config.pattern`, whatever the execution: `unroll` and
+`remat` change neither the tree nor, beyond rounding, the numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import Array, lax
+
+from gpt_jax.errors import UserError
+from gpt_jax.model.attention import HIDDEN, Mask
+from gpt_jax.model.cache import Cache
+from gpt_jax.model.config import ModelConfig
+from gpt_jax.model.layers import Block, norm
+from gpt_jax.model.random import dropout, fold_name
+
+
+@struct.dataclass
+class Output:
+    """What `apply` returns.
+
+    Attributes:
+      hidden: [B, T, D], after the final norm.
+      logits: [B, T, V] float32 over the vocabulary, padded rows cut off.
+      cache: the extended cache, or None.
+      aux: values that layers hand up by name (losses that are not sums over rows), {} in a dense stack.
+    """
+
+    hidden: Array
+    logits: Array
+    cache: Cache | None = None
+    aux: dict[str, Any] = struct.field(default_factory=dict)
+
+
+class _Repetition(nn.Module):
+    """One repetition of the pattern; scanned over, with parameters stacked on the leading axis."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, carry, index, positions, mask, keys_B):
+        x_BxTxD, cache = carry
+        for i, kind in enumerate(self.config.pattern):
+            layer = index * len(self.config.pattern) + i
+            block = Block(self.config, kind, name=f"block_{i}")
+            x_BxTxD, cache = block(x_BxTxD, layer, positions, mask, cache, keys_B)
+        return (x_BxTxD, cache), None
+
+
+_REMAT_POLICIES = {
+    "full": lambda: jax.checkpoint_policies.nothing_saveable,
+    "dots": lambda: jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": lambda: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload_dots": lambda: jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+
+
+class Transformer(nn.Module):
+    """A GPT. See ModelConfig for its variants.
+
+    Example:
+      model = Transformer(ModelConfig(vocab_size=65, max_positions=64, num_layers=2))
+      params = model.init(jax.random.key(0), tokens)["params"]
+      logits = model.apply({"params": params}, tokens).logits
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        if config.vocab_size < 1:
+            raise UserError(f"model.vocab_size is {config.vocab_size}; a model needs at least one token.")
+        if config.positions == "learned" and config.max_positions < 1:
+            raise UserError(f"model.max_positions is {config.max_positions}; learned positions need at least one.")
+        normal = nn.initializers.normal(config.init_std)
+        shape = (config.padded_vocab, config.d_model)
+        axes = ("vocab", "embed")
+        self.embedding = self.param("embedding", nn.with_logical_partitioning(normal, axes), shape, config.param_dtype)
+        if config.positions == "learned":
+            self.position_embedding = self.param(
+                "position_embedding",
+                nn.with_logical_partitioning(nn.initializers.normal(config.init_std / 2), ("positions", "embed")),
+                (config.max_positions, config.d_model),
+                config.param_dtype,
+            )
+        if not config.tie_embeddings:
+            self.head = self.param("head", nn.with_logical_partitioning(normal, axes), shape, config.param_dtype)
+        repetition = _Repetition
+        if config.remat != "none":
+            repetition = nn.remat(repetition, policy=_REMAT_POLICIES[config.remat](), prevent_cse=False)
+        repetitions = config.num_layers // len(config.pattern)
+        self.layers = nn.scan(
+            repetition,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=repetitions,
+            unroll=config.unroll or repetitions,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config)
+        self.final_norm = norm(config, "final_norm")
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        mask: Mask | None = None,
+        positions: Array | None = None,
+        cache: Cache | None = None,
+        keys: Array | None = None,
+    ) -> Output:
+        """Runs the stack.
+
+        Args:
+          tokens: [B, T] integers.
+          mask: what a token may see; None is causal. With a cache, causal by the positions in it.
+          positions: [B, T] or [T] positions; None counts from 0, or continues the cache. -1 marks padding (cache only).
+          cache: keys and values of earlier tokens; T new ones are written after them.
+          keys: [B] random keys, one per row, for dropout; None is deterministic.
+
+        Returns:
+          Output.
+
+        Raises:
+          UserError: more tokens than learned positions.
+        """
+        hidden, cache = self.encode(tokens, mask=mask, positions=positions, cache=cache, keys=keys)
+        return Output(hidden=hidden, logits=self.unembed(hidden)[..., : self.config.vocab_size], cache=cache)
+
+    def encode(self, tokens, *, mask=None, positions=None, cache=None, keys=None) -> tuple[Array, Cache | None]:
+        """As `__call__`, without the output layer: hidden [B, T, D] and the cache."""
+        config = self.config
+        B, T = tokens.shape
+        if config.positions == "learned" and T > config.max_positions:
+            raise UserError(f"{T} tokens do not fit the model's {config.max_positions} learned positions.")
+        contiguous = positions is None and cache is None
+        if cache is not None:
+            if positions is None:
+                last = jnp.max(cache.positions_BxS, axis=1, keepdims=True)
+                positions = last + 1 + jnp.arange(T)
+            positions = jnp.broadcast_to(positions, (B, T))
+            cache = cache.extend(positions)
+        elif contiguous:
+            positions = jnp.arange(T)
+        x = jnp.take(self.embedding.astype(config.dtype), tokens, axis=0)
+        if config.positions == "learned":
+            table = self.position_embedding.astype(config.dtype)
+            x = x + (table[:T] if contiguous else jnp.take(table, positions, axis=0, mode="clip"))
+        if config.dropout and keys is not None:
+            x = dropout(x, config.dropout, fold_name(keys, "embedding"))
+        x = nn.with_logical_constraint(x, ("batch", "sequence", "act_embed"))
+        index = jnp.arange(config.num_layers // len(config.pattern))
+        (x, cache), _ = self.layers((x, cache), index, positions, mask or Mask(), keys)
+        if cache is not None:
+            cache = cache.advance(T)
+        return self.final_norm(x), cache
+
+    def unembed(self, hidden: Array) -> Array:
+        """The output layer: hidden [..., D] -> logits [..., padded vocabulary] float32, padded ones hidden."""
+        config = self.config
+        table = (self.embedding if config.tie_embeddings else self.head).astype(config.dtype)
+        lead = hidden.shape[:-1]
+        if config.flatten:
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        logits = lax.dot_general(hidden.astype(config.dtype), table, contract, preferred_element_type=jnp.float32)
+        if config.logit_softcap:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        if config.padded_vocab != config.vocab_size:
+            column = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+            logits = jnp.where(column < config.vocab_size, logits, HIDDEN)
+        return logits.reshape((*lead, config.padded_vocab))

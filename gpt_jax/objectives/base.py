@@ -1,0 +1,185 @@
+"""The contract between an objective and the train step, and how a config names one.
+
+An objective is a plug-in: it says which parameters it needs, what batch it takes, how a batch is corrupted and
+weighted, and the unreduced sums of its losses. It never averages, never updates, and never sees a device count:
+the step (gpt_jax/step.py) divides each term once by its weight over the whole global batch.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gpt_jax.errors import UserError, nearest
+from gpt_jax.model import ModelConfig, Transformer
+
+Batch = dict[str, Any]
+Params = dict[str, Any]
+Schedule = Callable[[Array], Array]
+
+# One line per objective; the file it names is all there is to it.
+REGISTRY: dict[str, str] = {
+    "causal_lm": "gpt_jax.objectives.causal_lm:CausalLM",
+    "mixture": "gpt_jax.objectives.compose:Mixture",
+    "sum": "gpt_jax.objectives.compose:Sum",
+}
+
+
+class Objective(abc.ABC):
+    """A loss that plugs into the one jitted update.
+
+    Attributes:
+      coefs: weight of each term, e.g. {"mlm": 1.0, "rtd": 50.0}; a value may be a function of the step.
+      frozen: regexes over parameter names ("reference/.*") that get no gradient, moments, decay or average.
+      batch_terms: terms that are not sums over rows (expert balance, in-batch contrast): averaged over micro-batches,
+        and exempt from the promise that micro-batches do not change the loss.
+    """
+
+    coefs: Mapping[str, float | Schedule]
+    frozen: Sequence[str] = ()
+    batch_terms: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def init(self, key: Array, batch: Batch) -> Params:
+        """Returns parameters by named root ({"model": ...}); each leaf is boxed with its logical axis names."""
+
+    @abc.abstractmethod
+    def batch_spec(self, batch_size: int, context_length: int) -> Any:
+        """Returns the tree of ShapeDtypeStruct that the data delivers; every leaf has rows leading."""
+
+    @abc.abstractmethod
+    def prepare(self, batch: Batch, keys: Array, step: Array) -> Batch:
+        """Corrupts and weights the whole global batch, in jit, without parameters.
+
+        Args:
+          batch: as `batch_spec` says. keys: [B] random keys, one per row; whatever draws folds its name in
+            (`fold_name`). step: scalar.
+
+        Returns:
+          A batch whose leaves all have rows leading, with batch["weights"][term] (any shape with rows leading).
+        """
+
+    @abc.abstractmethod
+    def loss(self, params: Params, batch: Batch, keys: Array, train: bool) -> tuple[dict, dict]:
+        """Losses of a (micro-)batch.
+
+        Args:
+          params: the roots of `init`. batch: rows of the prepared batch. keys: [rows] random keys. train: dropout on.
+
+        Returns:
+          (sums, metrics): sums[term] = sum of weight * loss, float32, unreduced; metrics[name] = (sum, weight).
+        """
+
+    # Only where weights depend on a model (`needs_scores`): the step scans `score` over the micro-batches, then calls
+    # `weigh` once.
+
+    needs_scores: bool = False
+
+    def score(self, params: Params, batch: Batch, keys: Array) -> dict[str, Array]:
+        """Returns {name: [rows, ...]}: a forward pass without gradient."""
+        raise NotImplementedError
+
+    def weigh(self, batch: Batch, scores: dict[str, Array], step: Array) -> Batch:
+        """Returns the whole prepared batch again, its weights set from the scores of all rows."""
+        raise NotImplementedError
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """Returns the weights by term of a prepared batch."""
+        return batch["weights"]
+
+    def num_rows(self, batch: Batch) -> int:
+        """Returns the number of row keys that a batch needs."""
+        return jax.tree.leaves(batch)[0].shape[0]
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], setting: Setting) -> Objective:
+        """Makes the objective of a config's options; unknown ones are an error naming the closest."""
+        return cls(model=Transformer(setting.model), **check_options(cls, options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What an objective may know of the run it is built for.
+
+    Attributes:
+      model: the model's config. specials: ids of the tokenizer's special tokens by name.
+      steps: steps of the run. batch_size, context_length: of the run.
+    """
+
+    model: ModelConfig
+    specials: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    batch_size: int = 0
+    context_length: int = 0
+
+    def special(self, name: str) -> int:
+        """Returns the id of a special token; raises a UserError that says how to add it."""
+        if name not in self.specials:
+            raise UserError(
+                f"the tokenizer has no special token {name!r} (it has: {', '.join(self.specials) or 'none'}); "
+                "add it to data.tokenizer.specials."
+            )
+        return self.specials[name]
+
+
+def option_fields(cls: type) -> dict[str, dataclasses.Field]:
+    """Returns an objective's options: the dataclass fields that carry a line of help."""
+    return {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}
+
+
+def check_options(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `options` if all are known; raises UserError naming the closest otherwise."""
+    known = option_fields(cls) if dataclasses.is_dataclass(cls) else {}
+    for key in options:
+        if key not in known:
+            raise UserError(
+                f"unknown config key 'objective.{key}'{nearest(key, known)}; "
+                f"{cls.__name__} takes: {', '.join(known) or 'no options'}."
+            )
+    return dict(options)
+
+
+def import_path(path: str) -> Any:
+    """Returns the object that 'package.module:name' names; raises UserError when it cannot be had."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import {path!r}: {error}.") from None
+
+
+def objective_class(name: str) -> type[Objective]:
+    """Returns the class of a registered name or an import path."""
+    if ":" in name:
+        return import_path(name)
+    if name not in REGISTRY:
+        raise UserError(
+            f"objective.name is {name!r}{nearest(name, REGISTRY)}; allowed: {', '.join(REGISTRY)}, "
+            "or an import path (package.module:Class)."
+        )
+    return import_path(REGISTRY[name])
+
+
+def build_objective(spec: Mapping[str, Any], setting: Setting) -> Objective:
+    """Makes an objective of a config's `objective` table, {"name": ..., options...}."""
+    options = dict(spec)
+    if "name" not in options:
+        raise UserError("the objective has no 'name'.")
+    return objective_class(options.pop("name")).build(options, setting)
+
+
+def text_spec(batch_size: int, context_length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch that text data delivers: tokens, targets (the next tokens) and their weights, each [B, T]."""
+    shape = (batch_size, context_length)
+    return {
+        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
+        "targets": jax.ShapeDtypeStruct(shape, jnp.int32),
+        "target_weights": jax.ShapeDtypeStruct(shape, jnp.float32),
+    }

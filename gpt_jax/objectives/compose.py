@@ -1,0 +1,166 @@
+"""Objectives made of objectives: `Mixture` over different sub-batches, `Sum` over the same batch.
+
+Both share parameters by root name: children that name the same root ("model") train the same weights. A term is named
+'child/term', and its coefficient is the child's times the term's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+
+from gpt_jax.errors import UserError
+from gpt_jax.model.random import fold_name
+from gpt_jax.objectives.base import Batch, Objective, Params, Setting, build_objective, check_options
+from gpt_jax.options import option
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composition(Objective):
+    children: Mapping[str, Objective]
+    child_coefs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def coefs(self) -> dict[str, Any]:
+        out = {}
+        for name, child in self.children.items():
+            factor = self.child_coefs.get(name, 1.0)
+            for term, coef in child.coefs.items():
+                if callable(coef):
+                    out[f"{name}/{term}"] = lambda step, coef=coef, factor=factor: factor * coef(step)
+                else:
+                    out[f"{name}/{term}"] = factor * coef
+        return out
+
+    @property
+    def frozen(self) -> Sequence[str]:
+        return tuple(dict.fromkeys(regex for child in self.children.values() for regex in child.frozen))
+
+    @property
+    def batch_terms(self) -> frozenset[str]:
+        return frozenset(f"{name}/{term}" for name, child in self.children.items() for term in child.batch_terms)
+
+    def _part(self, batch: Batch, name: str) -> Batch:
+        return batch[name]
+
+    def init(self, key: Array, batch: Batch) -> Params:
+        """Children are initialised in order; a root that an earlier child made is shared, and must be the same tree."""
+        roots: Params = {}
+        for name, child in self.children.items():
+            for root, tree in child.init(key, self._part(batch, name)).items():
+                if root in roots and jax.tree.structure(roots[root]) != jax.tree.structure(tree):
+                    raise UserError(f"objective {name!r} shares the root {root!r}, but its parameters differ.")
+                roots.setdefault(root, tree)
+        return roots
+
+    def prepare(self, batch: Batch, keys: Array, step: Array) -> Batch:
+        out = {}
+        for name, child in self.children.items():
+            part = self._part(batch, name)
+            out[name] = child.prepare(part, self._keys(child, part, keys, name), step)
+        return out
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        return {
+            f"{name}/{term}": weight
+            for name, child in self.children.items()
+            for term, weight in child.weights(batch[name]).items()
+        }
+
+    def loss(self, params: Params, batch: Batch, keys: Array, train: bool) -> tuple[dict, dict]:
+        sums, metrics = {}, {}
+        for name, child in self.children.items():
+            s, m = child.loss(params, batch[name], self._keys(child, batch[name], keys, name), train)
+            sums |= {f"{name}/{term}": value for term, value in s.items()}
+            metrics |= {f"{name}/{metric}": value for metric, value in m.items()}
+        return sums, metrics
+
+    @property
+    def needs_scores(self) -> bool:
+        return any(child.needs_scores for child in self.children.values())
+
+    def score(self, params: Params, batch: Batch, keys: Array) -> dict[str, Any]:
+        return {
+            name: child.score(params, batch[name], self._keys(child, batch[name], keys, name))
+            for name, child in self.children.items()
+            if child.needs_scores
+        }
+
+    def weigh(self, batch: Batch, scores: dict[str, Any], step: Array) -> Batch:
+        return {
+            name: child.weigh(batch[name], scores[name], step) if name in scores else batch[name]
+            for name, child in self.children.items()
+        }
+
+    def num_rows(self, batch: Batch) -> int:
+        return max(child.num_rows(self._part(batch, name)) for name, child in self.children.items())
+
+    def _keys(self, child: Objective, part: Batch, keys: Array, name: str) -> Array:
+        # A child's rows are the first of the batch's, also within a micro-batch, which takes every n-th row.
+        return fold_name(keys[: child.num_rows(part)], name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(_Composition):
+    """Several objectives, each on its own sub-batch: batch = {child: sub-batch}.
+
+    Attributes:
+      children: objectives by name. child_coefs: factor of each. rows: rows of each in a global batch.
+    """
+
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tasks: Mapping[str, Any] = option({}, "{name: {'name': objective, 'rows': n, 'coef': 1.0, options...}}")
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], setting: Setting) -> Mixture:
+        tasks = check_options(cls, options).get("tasks", {})
+        if not tasks:
+            raise UserError("objective.tasks is empty; a mixture needs at least one task.")
+        children, coefs, rows = {}, {}, {}
+        for name, spec in tasks.items():
+            spec = dict(spec)
+            rows[name] = spec.pop("rows", setting.batch_size // len(tasks))
+            coefs[name] = spec.pop("coef", 1.0)
+            children[name] = build_objective(spec, setting)
+        if sum(rows.values()) != setting.batch_size:
+            raise UserError(
+                f"the rows of objective.tasks sum to {sum(rows.values())} ({rows}), not to batch_size={setting.batch_size}."
+            )
+        return cls(children=children, child_coefs=coefs, rows=rows)
+
+    def batch_spec(self, batch_size: int, context_length: int) -> Any:
+        total = sum(self.rows.values()) or len(self.children)
+        share = {name: self.rows.get(name, 1) * batch_size // total for name in self.children}
+        return {name: child.batch_spec(share[name], context_length) for name, child in self.children.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(_Composition):
+    """Several objectives on the same batch; each prepares its own copy under its own keys."""
+
+    terms: Mapping[str, Any] = option({}, "{name: {'name': objective, 'coef': 1.0, options...}}")
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], setting: Setting) -> Sum:
+        terms = check_options(cls, options).get("terms", {})
+        if not terms:
+            raise UserError("objective.terms is empty; a sum needs at least one term.")
+        children, coefs = {}, {}
+        for name, spec in terms.items():
+            spec = dict(spec)
+            coefs[name] = spec.pop("coef", 1.0)
+            children[name] = build_objective(spec, setting)
+        return cls(children=children, child_coefs=coefs)
+
+    def batch_spec(self, batch_size: int, context_length: int) -> Any:
+        specs: dict[str, Any] = {}
+        for child in self.children.values():
+            specs |= child.batch_spec(batch_size, context_length)
+        return specs
+
+    def _part(self, batch: Batch, name: str) -> Batch:
+        return batch

@@ -1,0 +1,206 @@
+"""Optimizers and learning-rate schedules, from optax.
+
+A schedule is piecewise in steps or in tokens: warmup, then cosine, linear, warmup-stable-decay or constant. Parameters
+are grouped by regexes over their names (first match wins): weight decay, learning-rate multiplier, frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from gpt_jax.errors import UserError, choose
+from gpt_jax.sharding import path_name
+
+Groups = Sequence[tuple[str, Mapping[str, Any]]]
+
+# Matrices and embeddings decay; biases, norms and the small mixing matrices do not. By name: stacked leaves have
+# a leading axis of layers, so the number of axes says nothing.
+NO_DECAY = r".*(bias|scale|position_embedding|mix_scores|mix_weights)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optax transformation, its schedule (update count -> learning rate) and the names of frozen parameters."""
+
+    tx: optax.GradientTransformation
+    schedule: Callable[[Array | int], Array]
+    frozen: tuple[str, ...] = ()
+
+
+def parse_length(text: str, steps: int, what: str) -> tuple[str, float]:
+    """Reads '200' (steps), '375Mtok' (tokens) or '5%' (of the run's steps) as ('steps' | 'tokens', amount)."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(%|[KMBT]?tok)?\s*", str(text))
+    if not match:
+        raise UserError(f"{what} is {text!r}; write steps ('200'), tokens ('375Mtok') or part of the run ('5%').")
+    number, unit = float(match[1]), match[2]
+    if unit == "%":
+        return "steps", number / 100 * steps
+    if unit:
+        return "tokens", number * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(unit[0], 1.0)
+    return "steps", number
+
+
+def make_schedule(
+    name: str = "cosine",
+    *,
+    peak: float,
+    steps: int,
+    warmup: str = "5%",
+    decay: str = "100%",
+    cooldown: str = "20%",
+    end_factor: float = 0.1,
+    tokens_at: Callable[[Array | int], Array] | None = None,
+) -> Callable[[Array | int], Array]:
+    """Returns the learning rate as a function of the update count.
+
+    Args:
+      name: cosine | linear | wsd (flat, then linear over the last `cooldown`) | constant.
+      peak: after the warmup. steps: of the run. warmup, decay, cooldown: see `parse_length`.
+      end_factor: learning rate after `decay`, as a factor of the peak.
+      tokens_at: tokens seen before a step; if any length is in tokens, the whole schedule is a function of tokens.
+    """
+    choose("optimizer.schedule", name, ("cosine", "linear", "wsd", "constant"))
+    lengths = {
+        key: parse_length(text, steps, f"optimizer.{key}")
+        for key, text in (("warmup", warmup), ("decay", decay), ("cooldown", cooldown))
+    }
+    in_tokens = any(unit == "tokens" for unit, _ in lengths.values())
+    if in_tokens and tokens_at is None:
+        raise UserError("a schedule in tokens needs the number of tokens in a step.")
+
+    def position(unit: str, amount: float) -> float:
+        return float(tokens_at(amount)) if in_tokens and unit == "steps" else amount
+
+    w, d, c = (position(*lengths[key]) for key in ("warmup", "decay", "cooldown"))
+    floor = end_factor * peak
+
+    def schedule(count: Array | int) -> Array:
+        x = tokens_at(count) if in_tokens else jnp.asarray(count, jnp.float32)
+        step = tokens_at(count + 1) - x if in_tokens else 1.0  # the first update is not wasted on a rate of 0
+        warm = peak * jnp.minimum(1.0, (x + step) / max(w, 1e-9))
+        part = jnp.clip((x - w) / max(d - w, 1e-9), 0.0, 1.0)
+        if name == "cosine":
+            after = floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * part))
+        elif name == "linear":
+            after = peak + (floor - peak) * part
+        elif name == "wsd":
+            after = peak + (floor - peak) * jnp.clip((x - (d - c)) / max(c, 1e-9), 0.0, 1.0)
+        else:
+            after = jnp.asarray(peak)
+        return jnp.where(x < w, warm, after)
+
+    return schedule
+
+
+def _named_map(function: Callable[[str, Any], Any], params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), params)
+
+
+def group_of(name: str, groups: Groups) -> Mapping[str, Any]:
+    """Returns the settings of the first group whose regex matches the whole name, or {}."""
+    for regex, settings in groups:
+        if re.fullmatch(regex, name):
+            return settings
+    return {}
+
+
+def check_groups(groups: Groups, names: Sequence[str]) -> None:
+    """Raises UserError for a group with an unknown setting or that matches no parameter."""
+    for regex, settings in groups:
+        for key in settings:
+            choose(f"a setting of the optimizer group {regex!r}", key, ("lr", "weight_decay", "frozen"))
+        if not any(re.fullmatch(regex, name) for name in names):
+            raise UserError(f"the optimizer group {regex!r} matches no parameter; they are {', '.join(names[:8])}, ...")
+
+
+def scale_by_group(groups: Groups) -> optax.GradientTransformation:
+    """Multiplies each update by its group's 'lr': a number, or one per layer for stacked leaves ([L] multipliers)."""
+
+    def one(name: str, update: Array) -> Array:
+        lr = group_of(name, groups).get("lr", 1.0)
+        if isinstance(lr, (int, float)):
+            return update if lr == 1.0 else update * lr
+        lr = np.asarray(lr, np.float32)
+        return update * lr.reshape((-1,) + (1,) * (update.ndim - 1))
+
+    return optax.stateless(lambda updates, params: _named_map(one, updates))
+
+
+def decay_weights(weight_decay: float, groups: Groups) -> optax.GradientTransformation:
+    """Adds weight_decay * parameter to the update, by name (`NO_DECAY`) and group."""
+
+    def apply(updates: Any, params: Any) -> Any:
+        def one(path: Any, update: Array, param: Array) -> Array:
+            name = path_name(path)
+            rate = group_of(name, groups).get("weight_decay", 0.0 if re.fullmatch(NO_DECAY, name) else weight_decay)
+            return update + rate * param if rate else update
+
+        return jax.tree_util.tree_map_with_path(one, updates, params)
+
+    return optax.stateless(apply)
+
+
+def _is_matrix(name: str) -> bool:
+    return name.endswith("kernel")
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Which axes of stacked kernels are inputs and outputs; None sends a parameter to Adam."""
+
+    def one(name: str, leaf: Any) -> Any:
+        if not _is_matrix(name) or "/layers/" not in name:
+            return None
+        inputs = (1, 2) if name.endswith("attention/out/kernel") and leaf.ndim == 4 else (1,)
+        return optax.contrib.MuonDimensionNumbers(inputs, tuple(range(1 + len(inputs), leaf.ndim)))
+
+    return _named_map(one, params)
+
+
+def make_optimizer(
+    name: str = "adamw",
+    schedule: Callable[[Array | int], Array] | float = 1e-3,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    groups: Groups = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Optimizer:
+    """Makes the optimizer of a name or an import path ('package.module:function', called with learning_rate=schedule).
+
+    Clipping is the train step's, which needs the norm anyway.
+    """
+    if not callable(schedule):
+        rate = float(schedule)
+
+        def schedule(count):
+            return jnp.asarray(rate)
+
+    kwargs = dict(kwargs or {})
+    frozen = tuple(regex for regex, settings in groups if settings.get("frozen"))
+    tail = (decay_weights(weight_decay, groups), scale_by_group(groups), optax.scale_by_learning_rate(schedule))
+    if name == "adamw":
+        tx = optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, **kwargs), *tail)
+    elif name == "adafactor":
+        tx = optax.chain(optax.scale_by_factored_rms(**kwargs), optax.clip_by_block_rms(1.0), *tail)
+    elif name == "muon":
+        options = dict(adam_b1=b1, adam_b2=b2, adam_eps_root=0.0, weight_decay=0.0, adam_weight_decay=0.0) | kwargs
+        inner = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_dimensions, **options)
+        tx = optax.chain(inner, optax.scale(-1.0), *tail)
+    elif ":" in name:
+        from gpt_jax.objectives.base import import_path
+
+        tx = optax.chain(import_path(name)(learning_rate=schedule, **kwargs), scale_by_group(groups))
+    else:
+        choose("optimizer.name", name, ("adamw", "muon", "adafactor", "an import path (package.module:function)"))
+    return Optimizer(tx, schedule, frozen)

@@ -1,0 +1,398 @@
+"""The train step: the only jitted update in the codebase.
+
+prepare (whole batch) -> [score, weigh] -> micro-batches of sum_k coef_k sums_k / W_k -> gradients added in float32 ->
+one optimizer update. W_k is the weight of term k over the whole global batch, so n micro-batches give the full
+batch's gradient, uneven token counts and dropout included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gpt_jax.errors import UserError
+from gpt_jax.objectives.base import Objective
+from gpt_jax.optim import Optimizer
+from gpt_jax.sharding import (
+    DEFAULT_RULES,
+    Rules,
+    batch_shardings,
+    is_boxed,
+    make_mesh,
+    param_shardings,
+    path_name,
+    state_shardings,
+)
+
+EVALUATION = 0x7FFFFFFF  # stands where the step does in the row keys of an evaluation
+
+
+@struct.dataclass
+class TrainState:
+    """All that an update changes, and the frozen parameters beside it.
+
+    Attributes:
+      step: batches consumed. params, frozen: trained and frozen parameters: the same tree, with None where the leaf is
+        in the other. opt_state: optax's. ema: averaged params, or None. skipped: non-finite updates [in a row, in all].
+    """
+
+    step: Array
+    params: Any
+    frozen: Any
+    opt_state: Any
+    ema: Any
+    skipped: Array
+
+    @property
+    def all_params(self) -> Any:
+        return join(self.params, self.frozen)
+
+    def eval_params(self, weights: str = "auto") -> Any:
+        """The parameters that evaluation, sampling and export read: raw, ema, an optimizer's average, or the best there is."""
+        chosen = self.params
+        if weights == "average" or (weights == "auto" and has_average(self.opt_state)):
+            chosen = optax.contrib.schedule_free_eval_params(self.opt_state, self.params)
+        elif weights == "ema" or (weights == "auto" and self.ema is not None):
+            if self.ema is None:
+                raise UserError("eval.weights is 'ema', but optimizer.ema is 0: there is no average.")
+            chosen = self.ema
+        return join(chosen, self.frozen)
+
+
+def has_average(opt_state: Any) -> bool:
+    """Whether an optimizer state is schedule-free's, whose evaluation parameters are an average."""
+    return isinstance(opt_state, optax.contrib.ScheduleFreeState)
+
+
+def split(params: Any, frozen: Sequence[str]) -> tuple[Any, Any]:
+    """Splits parameters by regexes over their names: (trained, frozen), None where the leaf is in the other."""
+
+    def match(path: Any) -> bool:
+        return any(re.fullmatch(regex, path_name(path)) for regex in frozen)
+
+    with_path = jax.tree_util.tree_map_with_path
+    trained = with_path(lambda path, leaf: None if match(path) else leaf, params, is_leaf=is_boxed)
+    return trained, with_path(lambda path, leaf: leaf if match(path) else None, params, is_leaf=is_boxed)
+
+
+def join(trained: Any, frozen: Any) -> Any:
+    """Puts back together what `split` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def row_keys(seed: int, step: Array | int, rows: Array) -> Array:
+    """Returns one key per row: fold_in(fold_in(key(seed), step), row). Threefry, whatever jax's default."""
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def cut(tree: Any, n: int) -> Any:
+    """Cuts every leaf's rows into n micro-batches: [B, ...] -> [n, B/n, ...]; micro-batch j has rows j, j+n, ..."""
+
+    def one(leaf: Array) -> Array:
+        return jnp.swapaxes(leaf.reshape(leaf.shape[0] // n, n, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(one, tree)
+
+
+def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, microbatches: int) -> Array:
+    """sum_k coef_k S_k / W_k: 0 where W_k is 0; terms that are not sums over rows are averaged over micro-batches."""
+    total = jnp.zeros((), jnp.float32)
+    for term, coef in objective.coefs.items():
+        if term not in sums:
+            raise UserError(f"the objective has a coefficient for {term!r}, but its loss has only: {', '.join(sums)}.")
+        if isinstance(coef, (int, float)) and coef == 0:
+            continue
+        value = coef(step) if callable(coef) else coef
+        if term in objective.batch_terms:
+            total += value * sums[term] / microbatches
+        else:
+            total += value * ratio(sums[term], totals[term])
+    return total
+
+
+def ratio(total: Array, weight: Array) -> Array:
+    """total / weight, 0 where the weight is 0, also in the gradient."""
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def gradients(
+    objective: Objective, params: Any, frozen: Any, batch: Any, *, step: Array, seed: int, microbatches: int
+) -> tuple[Array, dict[str, Array], Any]:
+    """Loss, metrics and gradient of a global batch.
+
+    Args:
+      objective: the plug-in. params, frozen: see TrainState. batch: as the data delivers it.
+      step, seed: give every row its key. microbatches: pieces the batch is processed in.
+
+    Returns:
+      (loss, metrics by name, gradient with respect to `params`, float32).
+    """
+    rows = objective.num_rows(batch)
+    keys = row_keys(seed, step, jnp.arange(rows))
+    batch = objective.prepare(batch, keys, step)
+    pieces, piece_keys = (cut(batch, microbatches), cut(keys, microbatches)) if microbatches > 1 else (None, None)
+
+    if objective.needs_scores:
+        fixed = jax.tree.map(lax.stop_gradient, join(params, frozen))
+        if microbatches == 1:
+            scores = objective.score(fixed, batch, keys)
+        else:
+            _, scores = lax.scan(
+                lambda _, xs: (None, objective.score(fixed, *xs)), None, (pieces, piece_keys), length=microbatches
+            )
+            scores = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), scores)
+        batch = objective.weigh(batch, scores, step)
+        pieces = cut(batch, microbatches) if microbatches > 1 else None
+    totals = {term: jnp.sum(weight, dtype=jnp.float32) for term, weight in objective.weights(batch).items()}
+
+    def piece_loss(params: Any, piece: Any, keys: Array) -> tuple[Array, tuple[dict, dict]]:
+        sums, metrics = objective.loss(join(params, frozen), piece, keys, True)
+        return total_loss(objective, sums, totals, step, microbatches), (sums, metrics)
+
+    grad = jax.value_and_grad(piece_loss, has_aux=True)
+    if microbatches == 1:
+        (loss, (sums, metrics)), grads = grad(params, batch, keys)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    else:
+
+        def body(carry, xs):
+            (loss, aux), grads = grad(params, *xs)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (loss, aux, grads)), None
+
+        first = jax.eval_shape(lambda p, k: grad(params, p, k), *jax.tree.map(lambda x: x[0], (pieces, piece_keys)))
+        (loss, aux), grads = first
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (loss, aux, grads))
+        (loss, (sums, metrics), grads), _ = lax.scan(body, zeros, (pieces, piece_keys))
+
+    values = {"loss": loss}
+    for term, value in sums.items():
+        plain = value / microbatches if term in objective.batch_terms else ratio(value, totals.get(term, jnp.zeros(())))
+        values[f"loss/{term}"] = plain
+    values |= {name: ratio(value, weight) for name, (value, weight) in metrics.items()}
+    return loss, values, grads
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A compiled update and all that goes with it: `state = step.init(seed)`, `state, metrics = step(state, batch)`.
+
+    The state is donated: keep no reference to the one passed in. `metrics` are device scalars: read those of step N-1
+    after dispatching step N.
+
+    Attributes:
+      objective, optimizer: what it is built of. mesh, rules: where it runs.
+      abstract: shapes of the state. shardings: of the state. batch_shardings: of a batch.
+    """
+
+    objective: Objective
+    optimizer: Optimizer
+    mesh: Mesh
+    rules: Rules
+    abstract: TrainState
+    shardings: TrainState
+    batch_spec: Any
+    batch_shardings: Any
+    jitted: Any
+    init_jitted: Callable[[int], Any]
+
+    def init(self, seed: int = 0) -> TrainState:
+        """Returns a fresh, sharded state: parameters of `seed`, optimizer state, step 0."""
+        with self.context():
+            return self.init_jitted(jax.random.key(seed, impl="threefry2x32"))
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        with self.context():
+            return self.jitted(state, batch)
+
+    def put(self, batch: Any) -> Any:
+        """Places a host batch on the mesh."""
+        return jax.tree.map(jax.device_put, batch, self.batch_shardings)
+
+    def lower(self) -> Any:
+        """Lowers the update for its shapes and shardings, without data: for ahead-of-time compilation."""
+        with self.context():
+            return self.jitted.lower(self.abstract, self.batch_spec)
+
+    @property
+    def abstract_state(self) -> TrainState:
+        """Shapes with shardings: what a checkpoint is restored to."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings
+        )
+
+    @contextlib.contextmanager
+    def context(self):
+        """The mesh and the rules that constraints on activations inside the model refer to."""
+        with self.mesh, nn.logical_axis_rules(self.rules):
+            yield
+
+
+def build_train_step(
+    objective: Objective,
+    optimizer: Optimizer | optax.GradientTransformation,
+    batch_spec: Any,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    seed: int = 0,
+    microbatches: int = 1,
+    clip_norm: float = 1.0,
+    ema: float = 0.0,
+) -> TrainStep:
+    """Builds the update of an objective.
+
+    Args:
+      objective: the plug-in loss. optimizer: of `make_optimizer`, or any optax transformation.
+      batch_spec: what the data delivers, usually `objective.batch_spec(batch_size, context_length)`.
+      mesh: None is all devices along fsdp. rules: logical axis to mesh axis.
+      seed: of masks, dropout and whatever else objectives draw. microbatches: same gradient, less memory.
+      clip_norm: clipping of the gradient's global norm, 0 is off. ema: decay of averaged weights, 0 is off.
+
+    Returns:
+      The TrainStep.
+
+    Raises:
+      UserError: rows that micro-batches or devices do not divide, parameters that the mesh does not divide.
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        optimizer = Optimizer(optimizer, lambda count: jnp.full((), jnp.nan))
+    mesh = mesh or make_mesh()
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch_spec):
+        if microbatches < 1 or leaf.shape[0] % (microbatches * rows):
+            raise UserError(
+                f"the batch has {leaf.shape[0]} rows ({path_name(path)}), which microbatches={microbatches} "
+                f"x {rows} devices (data x fsdp) do not divide."
+            )
+    frozen = (*objective.frozen, *optimizer.frozen)
+    dummy = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.tree.map(_one_row, batch_spec))
+    boxed = jax.eval_shape(lambda key: objective.init(key, dummy), jax.random.key(0))
+    shardings = split(param_shardings(boxed, mesh, rules), frozen)
+
+    def init(key: Array) -> TrainState:
+        trained, fixed = split(nn.unbox(objective.init(key, dummy)), frozen)
+        trained, fixed = (lax.with_sharding_constraint(t, s) for t, s in zip((trained, fixed), shardings, strict=True))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=trained,
+            frozen=fixed,
+            opt_state=optimizer.tx.init(trained),
+            ema=jax.tree.map(jnp.copy, trained) if ema else None,
+            skipped=jnp.zeros(2, jnp.int32),
+        )
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    placed = TrainState(
+        step=replicated,
+        params=shardings[0],
+        frozen=shardings[1],
+        opt_state=state_shardings(abstract.opt_state, abstract.params, shardings[0], mesh),
+        ema=shardings[0] if ema else None,
+        skipped=replicated,
+    )
+
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        loss, metrics, grads = gradients(
+            objective, state.params, state.frozen, batch, step=state.step, seed=seed, microbatches=microbatches
+        )
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
+        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema
+        if ema:
+            average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        skipped = jnp.where(
+            finite, state.skipped * jnp.array([0, 1]), state.skipped + 1
+        )  # a good update ends the row of bad ones
+        metrics |= {
+            "grad_norm": norm,
+            "lr": optimizer.schedule(state.step - state.skipped[1]),
+            "skipped": skipped[1].astype(jnp.float32),
+            "skipped_in_a_row": skipped[0].astype(jnp.float32),
+        }
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            frozen=state.frozen,
+            opt_state=keep(opt_state, state.opt_state),
+            ema=keep(average, state.ema),
+            skipped=skipped,
+        )
+        return new, metrics
+
+    placed_batch = batch_shardings(batch_spec, mesh)
+    jitted = jax.jit(
+        update, in_shardings=(placed, placed_batch), out_shardings=(placed, replicated), donate_argnums=(0,)
+    )
+    return TrainStep(
+        objective=objective,
+        optimizer=optimizer,
+        mesh=mesh,
+        rules=rules,
+        abstract=abstract,
+        shardings=placed,
+        batch_spec=batch_spec,
+        batch_shardings=placed_batch,
+        jitted=jitted,
+        init_jitted=jax.jit(init, out_shardings=placed),
+    )
+
+
+def _one_row(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *spec.shape[1:]), spec.dtype)
+
+
+def build_eval_step(step: TrainStep, batch_spec: Any, *, seed: int = 0) -> Callable[[Any, Any, int], dict[str, Any]]:
+    """Builds the evaluation of the same objective: prepare and loss, without scores, dropout or update.
+
+    Args:
+      step: the train step it belongs to. batch_spec: of a validation batch.
+      seed: of whatever the objective draws, folded with the example's index: the same masks every time.
+
+    Returns:
+      evaluate(params, batch, first) -> {name: (sum, weight)}, float32 scalars on the device, where `first` is the
+      index of the batch's first example. Sum them over batches (`add_sums`), then divide.
+    """
+    objective = step.objective
+
+    def evaluate(params: Any, batch: Any, first: Array) -> dict[str, tuple[Array, Array]]:
+        keys = row_keys(seed, EVALUATION, first + jnp.arange(objective.num_rows(batch)))
+        batch = objective.prepare(batch, keys, jnp.zeros((), jnp.int32))
+        sums, metrics = objective.loss(params, batch, keys, False)
+        totals = {term: jnp.sum(weight, dtype=jnp.float32) for term, weight in objective.weights(batch).items()}
+        out = {f"loss/{term}": (value, totals.get(term, jnp.ones(()))) for term, value in sums.items()}
+        return out | dict(metrics)
+
+    replicated = NamedSharding(step.mesh, PartitionSpec())
+    params = jax.tree.map(
+        lambda a, b: b if a is None else a, step.shardings.params, step.shardings.frozen, is_leaf=lambda x: x is None
+    )
+    jitted = jax.jit(
+        evaluate, in_shardings=(params, batch_shardings(batch_spec, step.mesh), None), out_shardings=replicated
+    )
+
+    def run(params: Any, batch: Any, first: int) -> dict[str, Any]:
+        with step.context():
+            return jitted(params, batch, jnp.asarray(first, jnp.int32))
+
+    return run
