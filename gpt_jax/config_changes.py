@@ -1,0 +1,185 @@
+"""What may change when a run is continued: free, a change of numerics or data, or impossible. One table says which."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from gpt_jax.errors import UserError
+
+FREE, NUMERICS, IMPOSSIBLE = "free", "numerics", "impossible"
+
+# (pattern over dotted keys, class, what to say), first match wins; keys that only some configs have fall to the end.
+_TABLE: tuple[tuple[str, str, str], ...] = (
+    ("name", FREE, ""),
+    ("mesh.*", FREE, "same batches, losses equal up to rounding"),
+    ("microbatches", FREE, "same gradient up to rounding"),
+    ("log.*", FREE, ""),
+    ("eval.*", FREE, ""),
+    ("checkpoint.*", FREE, ""),
+    ("sample.*", FREE, ""),
+    ("data.prefetch", FREE, ""),
+    ("data.workers", FREE, ""),
+    ("deterministic", FREE, "same numbers up to rounding"),
+    # How the same function is computed: the checkpoint does not change, the numbers only in rounding.
+    ("model.attention", FREE, "same numbers up to rounding"),
+    ("model.query_block", FREE, "same numbers up to rounding"),
+    ("model.flatten", FREE, "same numbers up to rounding"),
+    ("model.unroll", FREE, "same numbers up to rounding"),
+    ("model.remat", FREE, "same numbers up to rounding"),
+    # The shapes of the parameters and what their rows mean.
+    ("model.vocab_size", IMPOSSIBLE, "the embedding's rows"),
+    ("model.vocab_multiple", IMPOSSIBLE, "the embedding's rows"),
+    ("model.num_layers", IMPOSSIBLE, "the number of blocks"),
+    ("model.d_model", IMPOSSIBLE, "the width"),
+    ("model.num_heads", IMPOSSIBLE, "the heads"),
+    ("model.num_kv_heads", IMPOSSIBLE, "the heads"),
+    ("model.head_dim", IMPOSSIBLE, "the heads"),
+    ("model.head_dims", IMPOSSIBLE, "the heads"),
+    ("model.d_ff", IMPOSSIBLE, "the width of the feed-forward layer"),
+    ("model.max_positions", IMPOSSIBLE, "the number of positions"),
+    ("model.ffn", IMPOSSIBLE, "the parameters of the feed-forward layer"),
+    ("model.norm", IMPOSSIBLE, "the parameters of the norms"),
+    ("model.bias", IMPOSSIBLE, "which parameters there are"),
+    ("model.positions", IMPOSSIBLE, "the parameters of positions"),
+    ("model.tie_embeddings", IMPOSSIBLE, "which parameters there are"),
+    ("model.pattern", IMPOSSIBLE, "the kinds of layers"),
+    ("model.qk_norm", IMPOSSIBLE, "which parameters there are"),
+    ("model.talking_heads", IMPOSSIBLE, "which parameters there are"),
+    ("model.param_dtype", IMPOSSIBLE, "the dtype of the parameters"),
+    ("data.tokenizer.*", IMPOSSIBLE, "what the embedding's rows stand for"),
+    ("init.*", IMPOSSIBLE, "where the run started"),
+    ("model.init_std", IMPOSSIBLE, "where the run started"),
+    ("model.scale_residual_init", IMPOSSIBLE, "where the run started"),
+    # What is computed, or from which data.
+    ("model.*", NUMERICS, ""),
+    ("seed", NUMERICS, "data order, dropout and masks from here on"),
+    ("steps", NUMERICS, ""),
+    ("batch_size", NUMERICS, "the batches from here on"),
+    ("batch_schedule", NUMERICS, "the batches from here on"),
+    ("context_length", NUMERICS, "the rows from here on"),
+    ("objective", NUMERICS, ""),
+    ("objective.*", NUMERICS, ""),
+    ("optimizer.*", NUMERICS, ""),
+    ("data.*", NUMERICS, ""),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A key whose value differs: dotted name, old and new value, a note for the user."""
+
+    key: str
+    old: Any
+    new: Any
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}" + (f" ({self.note})" if self.note else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """The differences between a run's config and the one to continue it with, by class."""
+
+    free: tuple[Change, ...] = ()
+    numerics: tuple[Change, ...] = ()
+    impossible: tuple[Change, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.free or self.numerics or self.impossible)
+
+    def for_history(self) -> dict[str, Any]:
+        """Returns {key: [old, new]} of all changes, for the run's history."""
+        return {c.key: [c.old, c.new] for c in (*self.free, *self.numerics, *self.impossible)}
+
+
+def classify(key: str) -> tuple[str, str]:
+    """Returns (class, note) of a dotted key by the table; what it does not name counts as numerics."""
+    for pattern, kind, note in _TABLE:
+        if fnmatch.fnmatchcase(key, pattern):
+            return kind, note
+    return NUMERICS, ""
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """Sorts the differences between two resolved configs (nested dicts; lists and tuples count as equal).
+
+    `steps` is free where it grows, with a note if the learning-rate schedule depends on it. `context_length` is
+    impossible where it sizes the table of learned positions.
+    """
+    before, after = _flat(old), _flat(new)
+    sorted_changes: dict[str, list[Change]] = {FREE: [], NUMERICS: [], IMPOSSIBLE: []}
+    for key in [*before, *(k for k in after if k not in before)]:
+        a, b = before.get(key), after.get(key)
+        if a == b and type(a is None) is type(b is None) and (key in before) == (key in after):
+            continue
+        kind, note = classify(key)
+        if key == "steps" and b is not None and a is not None and b > a:
+            kind, note = FREE, _schedule_note(after)
+        if (
+            key == "context_length"
+            and after.get("model.positions") == "learned"
+            and not after.get("model.max_positions")
+        ):
+            kind, note = IMPOSSIBLE, "the number of learned positions"
+        sorted_changes[kind].append(Change(key, a, b, note))
+    return Changes(*(tuple(sorted_changes[kind]) for kind in (FREE, NUMERICS, IMPOSSIBLE)))
+
+
+def decide(changes: Changes, accept: bool, path: str = "this run") -> list[str]:
+    """Returns the lines that tell the user what changed.
+
+    Args:
+      changes: from `compare`.
+      accept: whether the user accepts changes of numerics and data (`--accept-changes`).
+      path: the run, for messages.
+
+    Raises:
+      UserError: a change is impossible, or of numerics or data and not accepted; every such difference is shown.
+    """
+    if changes.impossible:
+        shown = "; ".join(map(str, changes.impossible))
+        raise UserError(
+            f"{path} cannot be continued with another {shown}: start a new --workdir (init.from reuses weights)."
+        )
+    if changes.numerics and not accept:
+        shown = "; ".join(map(str, changes.numerics))
+        raise UserError(
+            f"{path} was begun with other numerics or data: {shown}: give --accept-changes to continue it so, or undo this."
+        )
+    return [f"changed (free) {c}" for c in changes.free] + [f"changed (accepted) {c}" for c in changes.numerics]
+
+
+def _schedule_note(flat: Mapping[str, Any]) -> str:
+    schedule = flat.get("optimizer.schedule")
+    lengths = (
+        ["warmup"]
+        + (["decay"] if schedule in ("cosine", "linear") else [])
+        + (["cooldown"] if schedule == "wsd" else [])
+    )
+    relative = [name for name in lengths if str(flat.get(f"optimizer.{name}", "")).strip().endswith("%")]
+    if schedule == "wsd":  # its cooldown ends with the run, however long it is itself
+        relative = sorted({*relative, "cooldown"})
+    if not relative:
+        return ""
+    parts = " and ".join(f"optimizer.{name}" for name in relative)
+    return f"the {schedule} schedule follows: {parts} depends on steps, so the learning rate changes from here on"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = _lists(value)
+    return out
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
