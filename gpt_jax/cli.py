@@ -1,0 +1,192 @@
+"""The console script `gpt-jax`: one subcommand per job. Flags are read here and nowhere below.
+
+    gpt-jax train --config=quickstart --workdir=runs/q --config.model.num_layers=4
+
+A mistake of the user is one line on stderr and exit code 1, never a traceback; 75 means 'stopped, run me again'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from gpt_jax.errors import UserError, nearest
+
+COMMANDS = {
+    "data": "train a tokenizer, build a token store, show statistics and rows",
+    "train": "pre-train, fine-tune: whatever objective the config names",
+    "eval": "loss, perplexity and bits per byte over the whole validation split",
+    "sample": "generate text from a run",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"gpt-jax {command}", description=f"{COMMANDS[command]}.", allow_abbrev=False)
+    if command in ("train", "data"):
+        parser.add_argument("--config", required=command == "train", default="", metavar="FILE|NAME",
+                            help="a config file, or its name in configs/; --config.KEY=VALUE overrides a key")
+    if command == "data":
+        parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training rows as the model sees them")
+        parser.add_argument("--workdir", default="", help="show the data of an existing run instead")
+    if command == "train":
+        parser.add_argument("--workdir", default="", help="the run's directory; an existing run is continued")
+        parser.add_argument("--accept-changes", action="store_true", help="continue a run although numerics or data changed")
+        parser.add_argument("--print-config", action="store_true", help="show every resolved key with its meaning, and stop")
+    if command == "eval":
+        parser.add_argument("--workdir", required=True, help="the run")
+        parser.add_argument("--step", type=int, default=None, help="checkpoint to evaluate; default: the newest")
+        parser.add_argument("--weights", default="auto", help="raw | ema | average | auto")
+        parser.add_argument("--max-batches", type=int, default=0, help="0 evaluates the whole split")
+    if command == "sample":
+        from gpt_jax import sample
+
+        sample.add_arguments(parser)
+    return parser
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.key=value` and `--config.key value` out of the arguments."""
+    rest, overrides = [], {}
+    items = iter(arguments)
+    for item in items:
+        if not item.startswith("--config."):
+            rest.append(item)
+            continue
+        key, equals, value = item.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(items, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE.")
+        overrides[key] = value
+    return rest, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(argv)
+    except UserError as error:
+        print(f"gpt-jax: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("gpt-jax: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        from gpt_jax.files import is_no_space
+
+        if not is_no_space(error):
+            raise
+        print(f"gpt-jax: no space left on the device: {error}.", file=sys.stderr)
+    return 1
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
+        print("usage: gpt-jax COMMAND [--help] ...\n\ncommands:\n" + "\n".join(lines))
+        return 0 if argv else 1
+    command = argv[0]
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}.")
+    rest, overrides = split_overrides(argv[1:])
+    args = _parser(command).parse_args(rest)
+    use_compilation_cache()
+    return globals()[f"_{command}"](args, overrides)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in $GPT_JAX_CACHE/xla, so that a second start takes seconds."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        root = pathlib.Path(os.environ.get("GPT_JAX_CACHE") or "~/.cache/gpt_jax").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from gpt_jax import config as configs
+    from gpt_jax.data.command import run_data
+
+    if args.workdir:
+        config = configs.resolve(_saved_config(args.workdir), overrides)
+    else:
+        config = configs.load(args.config, overrides) if args.config else configs.resolve({}, overrides)
+    result = run_data(
+        config.data,
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+        seed=config.seed if config.data.seed < 0 else config.data.seed,
+        show=args.show,
+    )
+    return _print_json(result)
+
+
+def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from gpt_jax import config as configs
+
+    config = configs.load(args.config, overrides)
+    if args.print_config:
+        print(configs.describe(config))
+        return 0
+    if not args.workdir:
+        raise UserError("--workdir is missing: where the run goes, e.g. --workdir=runs/first.")
+    from gpt_jax.train import train
+
+    summary = train(config, args.workdir, accept_changes=args.accept_changes)
+    code = summary.pop("exit_code")
+    _print_json(summary)
+    return code
+
+
+def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from gpt_jax.loading import load_run
+
+    run, params, step = load_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
+    from gpt_jax.evaluate import evaluate_all
+
+    values = evaluate_all(run, params, max_batches=args.max_batches, step=step)
+    for name, value in values.items():
+        print(f"{name.ljust(32)} {value:.6g}")
+    return _print_json({"workdir": args.workdir, "step": step, **values})
+
+
+def _sample(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from gpt_jax import sample
+
+    if overrides:
+        raise UserError(f"sample takes no --config.{next(iter(overrides))}: the run's own config is used.")
+    return sample.main(args) or 0
+
+
+def _saved_config(workdir: str) -> dict[str, Any]:
+    from gpt_jax.workdir import open_workdir
+
+    with open_workdir(workdir, lock=False) as directory:
+        tree = directory.read_config()
+    if tree is None:
+        raise UserError(f"{workdir} holds no run: it has no config.json.")
+    return tree
+
+
+def _print_json(result: dict[str, Any]) -> int:
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What happens between steps: logging, validation, checkpoints, samples. Hooks import nothing of the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.errors import UserError
+from gpt_jax.metrics import Clock, Console, MetricsWriter, console_line
+from gpt_jax.workdir import Workdir
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@dataclasses.dataclass
+class Log:
+    """Writes the row of a step and, every so often, its line on the console."""
+
+    writer: MetricsWriter
+    console: Console
+    clock: Clock
+    steps: int
+    every: int
+    console_every: int
+    max_skipped: int
+
+    def __call__(self, step: int, metrics: Mapping[str, Any], tokens: int, stall: float) -> None:
+        """Logs step `step`; `metrics` are fetched here, after the next step has been dispatched."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        perf = self.clock.tick(step, tokens, stall)
+        skipped_in_a_row = values.pop("skipped_in_a_row", 0.0)
+        if due(step, self.every) or step == self.steps:
+            self.writer.add(step, {f"train/{name}": value for name, value in values.items()} | perf)
+        if due(step, self.console_every) or step in (1, self.steps):
+            self.console.show(self._line(step, values, perf))
+        self.console.progress(step)
+        if skipped_in_a_row > self.max_skipped:
+            raise UserError(
+                f"{int(skipped_in_a_row)} updates in a row were not finite (up to step {step}; optimizer.max_skipped "
+                f"is {self.max_skipped}): the run stops; the last good checkpoint is kept."
+            )
+
+    def _line(self, step: int, values: Mapping[str, float], perf: Mapping[str, float]) -> str:
+        milliseconds = perf.get("perf/step_ms")
+        return console_line(
+            step,
+            self.steps,
+            loss=values["loss"],
+            loss_z=self.writer.zscore("train/loss"),
+            gnorm=values["grad_norm"],
+            gnorm_z=self.writer.zscore("train/grad_norm"),
+            lr=values["lr"],
+            ms=milliseconds,
+            tokens_per_s=perf.get("perf/tokens_per_s"),
+            mfu=perf.get("perf/mfu"),
+            eta=(self.steps - step) * milliseconds / 1000 if milliseconds else None,
+        )
+
+
+@dataclasses.dataclass
+class Validate:
+    """Evaluates on schedule and enters the result in the step's row."""
+
+    writer: MetricsWriter
+    console: Console
+    evaluate: Callable[[Any, int], dict[str, float]]  # (params, step) -> values
+
+    def __call__(self, step: int, params: Any) -> dict[str, float]:
+        started = time.perf_counter()
+        values = self.evaluate(params, step)
+        if values:
+            self.writer.add(step, values)
+            shown = [f"valid {values['valid/loss']:.4f}"]
+            shown += [f"bits/byte {values['valid/bits_per_byte']:.4f}"] if "valid/bits_per_byte" in values else []
+            shown += [f"{k.split('/')[1]} {v:.4f}" for k, v in values.items() if k.count("/") == 2 and k.endswith("/loss")]
+            self.console.show(f"step {step:05d} | {' | '.join(shown)} | {time.perf_counter() - started:.1f} s")
+        return values
+
+
+@dataclasses.dataclass
+class Save:
+    """Saves the state when it is due, after the rows up to its step are on disk."""
+
+    checkpointer: Checkpointer
+    writer: MetricsWriter
+    metadata: Mapping[str, Any]
+    every_steps: int
+    every_minutes: float
+    last: float = dataclasses.field(default_factory=time.monotonic)
+
+    def is_due(self, step: int) -> bool:
+        self.checkpointer.check()
+        minutes = self.every_minutes and time.monotonic() - self.last >= 60 * self.every_minutes
+        return due(step, self.every_steps) or bool(minutes)
+
+    def __call__(self, step: int, state: Any) -> None:
+        self.writer.flush()
+        self.checkpointer.save(
+            step, strip(state), metadata=self.metadata, valid_losses=self.writer.column("valid/loss")
+        )
+        self.last = time.monotonic()
+
+
+@dataclasses.dataclass
+class Sample:
+    """Continues fixed prompts, so that one can read a run."""
+
+    workdir: Workdir
+    console: Console
+    generate: Callable[[Any], list[tuple[str, str]]]  # params -> (prompt, continuation) pairs
+
+    def __call__(self, step: int, params: Any) -> None:
+        pairs = self.generate(params)
+        text = "\n\n".join(f"{prompt}{continuation}" for prompt, continuation in pairs)
+        self.workdir.write_sample(step, text + "\n")
+        for prompt, continuation in pairs:
+            shown = (prompt + continuation).replace("\n", "\\n")
+            self.console.show(f"step {step:05d} | sample | {shown[:160]}")
+
+
+def strip(state: Any) -> Any:
+    """The state without its frozen parameters, which are stored once per run."""
+    return dataclasses.replace(state, frozen={})

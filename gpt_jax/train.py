@@ -1,0 +1,214 @@
+"""The training loop. Batches come by step number, so the loop has no state but the train state."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gpt_jax import hooks
+from gpt_jax.checkpoint import Checkpointer, restore_subset
+from gpt_jax.config import Config, to_dict
+from gpt_jax.config_changes import compare, decide
+from gpt_jax.data import Loader
+from gpt_jax.data.baselines import baselines
+from gpt_jax.errors import UserError
+from gpt_jax.evaluate import evaluate_all
+from gpt_jax.metrics import Clock, Console, MetricsWriter
+from gpt_jax.report import write_report
+from gpt_jax.run import Run, build_run, placements
+from gpt_jax.step import TrainState, join, split
+from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir
+
+
+def train(config: Config, workdir: str, *, accept_changes: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains to `config.steps`, continuing the run that `workdir` holds, if any.
+
+    Args:
+      config: resolved. workdir: the run's directory. accept_changes: continue although numerics or data changed.
+      log: where lines for people go.
+
+    Returns:
+      What the command prints last: steps, losses, seconds, and `exit_code` (0, or 75 when asked to stop).
+
+    Raises:
+      UserError: a mistake in config or data, a run in use, a damaged checkpoint.
+    """
+    started = time.monotonic()
+    with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
+        run = build_run(config, log)
+        changes = settle_config(run.config, directory, accept_changes, log)
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                directory.checkpoints_path,
+                keep_last=config.checkpoint.keep_last,
+                keep_best=config.checkpoint.keep_best,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+            )
+        )
+        state, start = first_state(run, checkpointer, log)
+        record_start(run, directory, start, changes)
+        tokens = run.config.batch_size * run.config.context_length
+        writer = MetricsWriter(
+            directory.metrics_path,
+            tensorboard=directory.tensorboard_path if config.log.tensorboard else None,
+            wandb=config.log.wandb,
+            resume_step=start,
+        )
+        stack.callback(writer.close)
+        console = stack.enter_context(contextlib.closing(Console(config.steps)))
+        clock = Clock(run.config.model, run.config.context_length, devices=len(run.step.mesh.devices.flat))
+        report_row = hooks.Log(
+            writer, console, clock, config.steps, config.log.every_steps, config.log.console_every_steps,
+            config.optimizer.max_skipped,
+        )
+        evaluators = {name: run.evaluator(source) for name, source in run.data.valid.items()}
+        validate = hooks.Validate(
+            writer,
+            console,
+            lambda params, at: evaluate_all(
+                run, params, max_batches=config.eval.max_batches if at < config.steps else 0, evaluators=evaluators, step=at
+            ),
+        )
+        save = hooks.Save(
+            checkpointer,
+            writer,
+            directory.checkpoint_metadata(to_dict(run.config)),
+            config.checkpoint.every_steps,
+            config.checkpoint.every_minutes,
+        )
+        sample = hooks.Sample(directory, console, sampler(run))
+        stop = stack.enter_context(Preemption())
+
+        step, done, pending, values = run.step, start, None, {}
+        with Loader(
+            run.data.train, step.batch_shardings, start, config.steps, prefetch=config.data.prefetch
+        ) as loader:
+            for index, batch in loader:
+                state, metrics = step(state, batch)
+                if pending is not None:
+                    report_row(*pending)
+                done, pending = index + 1, (index + 1, metrics, tokens, loader.stall_seconds)
+                last = done == config.steps
+                stopping = stop.agreed(done)
+                evaluating = last or hooks.due(done, config.eval.every_steps)
+                sampling = last or hooks.due(done, config.sample.every_steps)
+                saving = last or stopping or save.is_due(done)
+                if evaluating or sampling or saving:
+                    report_row(*pending)
+                    pending = None
+                    with clock.pause():
+                        if evaluating:
+                            values = validate(done, state.eval_params(config.eval.weights))
+                        if sampling:
+                            sample(done, state.eval_params(config.eval.weights))
+                        if saving:
+                            save(done, state)
+                if stopping and not last:
+                    break
+            if pending is not None:
+                report_row(*pending)
+        checkpointer.wait()
+        writer.flush()
+        return finish(run, directory, done, values, start, stop.requested, time.monotonic() - started, log)
+
+
+def settle_config(config: Config, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:
+    """Compares a continued run's config with the one it began with; returns the changes to record."""
+    old, new = directory.read_config(), to_dict(config)
+    changes = {}
+    if old is not None:
+        found = compare(old, new)
+        for line in decide(found, accept, directory.path):
+            log(line)
+        changes = found.as_history()
+    directory.write_config(new)
+    return changes
+
+
+def first_state(run: Run, checkpointer: Checkpointer, log: Callable[[str], None]) -> tuple[TrainState, int]:
+    """Restores the newest checkpoint of the run, or makes a fresh state, perhaps from another run's weights."""
+    latest = checkpointer.latest()
+    abstract = run.step.abstract_state
+    if latest is not None:
+        state = checkpointer.restore(latest, hooks.strip(abstract))
+        frozen = checkpointer.restore_frozen(abstract.frozen) if jax.tree.leaves(abstract.frozen) else abstract.frozen
+        log(f"continuing at step {latest} of {run.config.steps}")
+        return dataclasses.replace(state, frozen=frozen), latest
+    state = run.step.init(run.config.seed)
+    if run.config.init.source:
+        params, restored = restore_subset(run.config.init.source, join(state.params, state.frozen))
+        log(restored.describe())
+        state = with_params(run, state, params)
+    if jax.tree.leaves(state.frozen):
+        checkpointer.save_frozen(state.frozen)
+    return state, 0
+
+
+def with_params(run: Run, state: TrainState, params: Any) -> TrainState:
+    """A fresh state that starts from the given parameters."""
+    trained, frozen = split(params, (*run.objective.frozen, *run.step.optimizer.frozen))
+    ema = jax.tree.map(lambda x: x.copy(), trained) if state.ema is not None else None
+    return dataclasses.replace(state, params=trained, frozen=frozen, ema=ema)
+
+
+def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> None:
+    directory.write_environment(run.data.info)
+    if changes:
+        directory.add_history("change", start, changes=changes)
+    directory.add_history("resume" if start else "start", start)
+    directory.save_tokenizer(run.data.tokenizer)
+
+
+def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:
+    """Returns params -> [(prompt, continuation)] for the config's prompts."""
+    from gpt_jax.generate import generate_text
+
+    settings, model = run.config.sample, getattr(run.objective, "model", None)
+
+    def sample(params: Any) -> list[tuple[str, str]]:
+        if model is None or not settings.prompts:
+            return []
+        texts = generate_text(
+            model,
+            params["model"],
+            run.data.tokenizer,
+            list(settings.prompts),
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=run.config.seed,
+        )
+        return list(zip(settings.prompts, texts, strict=True))
+
+    return sample
+
+
+def finish(
+    run: Run, directory: Workdir, done: int, values: dict[str, float], start: int, stopped: bool, seconds: float, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Ends a run: its history, its report, and the summary that scripts read."""
+    finished = done >= run.config.steps
+    directory.add_history("finish" if finished else "preempted", done)
+    summary: dict[str, Any] = {"workdir": str(directory.path), "step": done, "steps": run.config.steps}
+    if finished:
+        known = directory.read_json("baselines.json")
+        if known is None and run.data.valid and start < done:
+            known = baselines(run.data)
+            directory.write_json("baselines.json", known)
+        if values:
+            directory.write_json("evaluation.json", {k.removeprefix("valid/"): v for k, v in values.items()})
+        report = write_report(directory.path, evaluation=directory.read_json("evaluation.json"), baselines=known)
+        summary |= {**values, **(known or {}), "report": str(report)}
+        log(f"finished {done} steps in {seconds:.0f} s; report: {report}")
+    else:
+        log(f"stopped at step {done}, saved; run the same command again to continue")
+    return summary | {"seconds": round(seconds, 1), "exit_code": 0 if finished or not stopped else EXIT_PREEMPTED}
+
+
+__all__ = ["UserError", "placements", "train"]

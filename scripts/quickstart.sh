@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained model: installs, builds tokenizer and data from the embedded corpus, pre-trains,
+# evaluates, samples, writes the report. The last line is JSON. Arguments go to `gpt-jax train`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+started=$(date +%s)
+source scripts/_venv.sh
+ensure_venv test
+workdir="${WORKDIR:-runs/quickstart}"
+gpt-jax train --config=quickstart --workdir="$workdir" "$@" | tee /dev/stderr | tail -n 1 >"$workdir.json"
+gpt-jax sample --workdir="$workdir" --prompt "The " --max-tokens 100 --seed 1 >&2
+python - "$workdir.json" "$started" <<'PY'
+import json, sys, time
+
+summary = json.load(open(sys.argv[1]))
+print(json.dumps({
+    "bits_per_byte": summary.get("valid/bits_per_byte"),
+    "xz_bits_per_byte": summary.get("xz_bits_per_byte"),
+    "unigram_bits_per_byte": summary.get("unigram_bits_per_byte"),
+    "report": summary.get("report"),
+    "seconds": round(time.time() - int(sys.argv[2])),
+}))
+PY
