@@ -14,6 +14,7 @@ import jax
 from gpt_jax.config import Config
 from gpt_jax.data import Data, prepare_data
 from gpt_jax.data.batches import resolve_batch_schedule
+from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
 from gpt_jax.errors import UserError
 from gpt_jax.objectives.base import Objective, Setting, build_objective
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
@@ -43,7 +44,9 @@ class Run:
 def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     """Builds data, model, objective, optimizer and step of a config; raises UserError naming what does not fit."""
     if config.deterministic and jax.default_backend() == "gpu" and "deterministic" not in _xla_flags():
-        raise UserError("deterministic=True on a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment.")
+        raise UserError(
+            "deterministic=True on a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment."
+        )
     mesh = make_mesh(dataclasses.asdict(config.mesh) | {"rules": None})
     check_rows(config, mesh)
     schedule = resolve_batch_schedule(
@@ -71,7 +74,16 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     check_delivers(objective.batch_spec(config.batch_size, config.context_length), spec)
 
     def tokens_at(step: Any) -> Any:
-        return step * (config.batch_size * config.context_length)
+        return rows_before(step, schedule, config.batch_size) * config.context_length
+
+    active = None
+    if schedule:
+        check_schedule(schedule, config.batch_size, config.microbatches)
+        data = dataclasses.replace(data, train=RampedSource(data.train, config.microbatches))
+        size = config.batch_size // config.microbatches
+
+        def active(step: Any) -> Any:
+            return rows_at(step, schedule, config.batch_size) // size
 
     o = config.optimizer
     rate = make_schedule(
@@ -97,6 +109,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         microbatches=config.microbatches,
         clip_norm=o.clip_norm,
         ema=o.ema,
+        active_microbatches=active,
     )
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.abstract.all_params)]
     check_groups(o.groups, names)
@@ -143,7 +156,9 @@ def check_delivers(wanted: Any, delivered: Any) -> None:
         if name not in have:
             raise UserError(f"the objective needs {name!r} in its batch; the data delivers {', '.join(sorted(have))}.")
         if tuple(have[name].shape) != tuple(leaf.shape):
-            raise UserError(f"the objective needs {name!r} of shape {leaf.shape}; the data delivers {have[name].shape}.")
+            raise UserError(
+                f"the objective needs {name!r} of shape {leaf.shape}; the data delivers {have[name].shape}."
+            )
 
 
 def placements(run: Run, source: Any) -> Any:

@@ -59,7 +59,7 @@ class TrainState:
         return join(self.params, self.frozen)
 
     def eval_params(self, weights: str = "auto") -> Any:
-        """The parameters that evaluation, sampling and export read: raw, ema, an optimizer's average, or the best there is."""
+        """What evaluation, sampling and export read: raw, ema, an optimizer's average, or (auto) an average if any."""
         chosen = self.params
         if weights == "average" or (weights == "auto" and has_average(self.opt_state)):
             chosen = optax.contrib.schedule_free_eval_params(self.opt_state, self.params)
@@ -128,13 +128,22 @@ def ratio(total: Array, weight: Array) -> Array:
 
 
 def gradients(
-    objective: Objective, params: Any, frozen: Any, batch: Any, *, step: Array, seed: int, microbatches: int
+    objective: Objective,
+    params: Any,
+    frozen: Any,
+    batch: Any,
+    *,
+    step: Array,
+    seed: int,
+    microbatches: int,
+    active: Array | None = None,
 ) -> tuple[Array, dict[str, Array], Any]:
     """Loss, metrics and gradient of a global batch.
 
     Args:
       objective: the plug-in. params, frozen: see TrainState. batch: as the data delivers it.
       step, seed: give every row its key. microbatches: pieces the batch is processed in.
+      active: how many of them to process; the rest hold rows of weight 0 (a growing batch). None is all.
 
     Returns:
       (loss, metrics by name, gradient with respect to `params`, float32).
@@ -174,7 +183,15 @@ def gradients(
         first = jax.eval_shape(lambda p, k: grad(params, p, k), *jax.tree.map(lambda x: x[0], (pieces, piece_keys)))
         (loss, aux), grads = first
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (loss, aux, grads))
-        (loss, (sums, metrics), grads), _ = lax.scan(body, zeros, (pieces, piece_keys))
+        if active is None:
+            (loss, (sums, metrics), grads), _ = lax.scan(body, zeros, (pieces, piece_keys))
+        else:
+
+            def indexed(j: Array, carry: Any) -> Any:
+                piece = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, j, keepdims=False), (pieces, piece_keys))
+                return body(carry, piece)[0]
+
+            loss, (sums, metrics), grads = lax.fori_loop(0, active, indexed, zeros)
 
     values = {"loss": loss}
     for term, value in sums.items():
@@ -250,6 +267,7 @@ def build_train_step(
     microbatches: int = 1,
     clip_norm: float = 1.0,
     ema: float = 0.0,
+    active_microbatches: Callable[[Array], Array] | None = None,
 ) -> TrainStep:
     """Builds the update of an objective.
 
@@ -259,6 +277,7 @@ def build_train_step(
       mesh: None is all devices along fsdp. rules: logical axis to mesh axis.
       seed: of masks, dropout and whatever else objectives draw. microbatches: same gradient, less memory.
       clip_norm: clipping of the gradient's global norm, 0 is off. ema: decay of averaged weights, 0 is off.
+      active_microbatches: of a step, how many micro-batches hold rows, where the batch grows during the run.
 
     Returns:
       The TrainStep.
@@ -306,7 +325,14 @@ def build_train_step(
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         loss, metrics, grads = gradients(
-            objective, state.params, state.frozen, batch, step=state.step, seed=seed, microbatches=microbatches
+            objective,
+            state.params,
+            state.frozen,
+            batch,
+            step=state.step,
+            seed=seed,
+            microbatches=microbatches,
+            active=active_microbatches(state.step) if active_microbatches and microbatches > 1 else None,
         )
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
