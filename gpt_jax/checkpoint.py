@@ -15,6 +15,8 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -485,8 +487,14 @@ def _start_save(folder: pathlib.Path, tree: Any, metadata: Mapping[str, Any]) ->
         for n, x in leaves.items()
     }
     manifest = {"format": 1, "arrays": arrays, "metadata": dict(metadata)}
+    manifest["sum"] = _digest(manifest)
     with _context():
         return ocp.save_checkpointables_async(folder, {_STATE: _nest(leaves)}, custom_metadata=manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != "sum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
@@ -494,10 +502,12 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
         with _context():
             manifest = ocp.checkpointables_metadata(folder).custom_metadata
-        assert isinstance(manifest["arrays"], dict) and isinstance(manifest["metadata"], dict)
-        return manifest
+        whole = manifest["sum"] == _digest(manifest)
     except Exception as error:
         raise DamagedCheckpoint(f"its metadata cannot be read ({_reason(error)})") from error
+    if not whole:
+        raise DamagedCheckpoint("the check sum of its metadata is wrong")
+    return manifest
 
 
 def _abstract_of(entry: Mapping[str, Any]) -> jax.ShapeDtypeStruct:

@@ -17,7 +17,9 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("mesh.*", FREE, "same batches, losses equal up to rounding"),
     ("microbatches", FREE, "same gradient up to rounding"),
     ("log.*", FREE, ""),
-    ("eval.*", FREE, ""),
+    ("eval.every_steps", FREE, ""),
+    ("eval.batch_size", FREE, "same losses up to rounding"),
+    ("eval.*", NUMERICS, "validation losses before and after do not compare"),
     ("checkpoint.*", FREE, ""),
     ("sample.*", FREE, ""),
     ("data.prefetch", FREE, ""),
@@ -67,6 +69,14 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 )
 
 
+# Keys of the table's impossible ones for which some pairs of values have the same parameters: those are numerics.
+_SAME_PARAMETERS = {
+    "model.ffn": lambda old, new: "swiglu" not in (old, new),
+    "model.positions": lambda old, new: "learned" not in (old, new),
+    "model.pattern": lambda old, new: len(old) == len(new),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Change:
     """A key whose value differs: dotted name, old and new value, a note for the user."""
@@ -91,7 +101,7 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.free or self.numerics or self.impossible)
 
-    def for_history(self) -> dict[str, Any]:
+    def as_history(self) -> dict[str, Any]:
         """Returns {key: [old, new]} of all changes, for the run's history."""
         return {c.key: [c.old, c.new] for c in (*self.free, *self.numerics, *self.impossible)}
 
@@ -114,22 +124,22 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     sorted_changes: dict[str, list[Change]] = {FREE: [], NUMERICS: [], IMPOSSIBLE: []}
     for key in [*before, *(k for k in after if k not in before)]:
         a, b = before.get(key), after.get(key)
-        if a == b and type(a is None) is type(b is None) and (key in before) == (key in after):
+        if a == b and (key in before) == (key in after):
             continue
         kind, note = classify(key)
-        if key == "steps" and b is not None and a is not None and b > a:
-            kind, note = FREE, _schedule_note(after)
-        if (
-            key == "context_length"
-            and after.get("model.positions") == "learned"
-            and not after.get("model.max_positions")
-        ):
-            kind, note = IMPOSSIBLE, "the number of learned positions"
+        if None not in (a, b):
+            if key == "steps" and b > a:
+                kind, note = FREE, _schedule_note(after)
+            if key in _SAME_PARAMETERS and _SAME_PARAMETERS[key](a, b):
+                kind, note = NUMERICS, ""
+            learned = after.get("model.positions") == "learned"
+            if key == "context_length" and learned and not after.get("model.max_positions"):
+                kind, note = IMPOSSIBLE, "the number of learned positions"
         sorted_changes[kind].append(Change(key, a, b, note))
     return Changes(*(tuple(sorted_changes[kind]) for kind in (FREE, NUMERICS, IMPOSSIBLE)))
 
 
-def decide(changes: Changes, accept: bool, path: str = "this run") -> list[str]:
+def decide(changes: Changes, accept: bool, path: Any = "this run") -> list[str]:
     """Returns the lines that tell the user what changed.
 
     Args:
@@ -148,7 +158,8 @@ def decide(changes: Changes, accept: bool, path: str = "this run") -> list[str]:
     if changes.numerics and not accept:
         shown = "; ".join(map(str, changes.numerics))
         raise UserError(
-            f"{path} was begun with other numerics or data: {shown}: give --accept-changes to continue it so, or undo this."
+            f"{path} was begun with other numerics or data, {shown}: "
+            "give --accept-changes to go on with the new ones, or undo them."
         )
     return [f"changed (free) {c}" for c in changes.free] + [f"changed (accepted) {c}" for c in changes.numerics]
 

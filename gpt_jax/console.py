@@ -12,10 +12,10 @@ def console_line(
     *,
     loss: float,
     loss_z: float | None = None,
-    grad_norm: float | None = None,
-    grad_norm_z: float | None = None,
-    learning_rate: float | None = None,
-    step_ms: float | None = None,
+    gnorm: float | None = None,
+    gnorm_z: float | None = None,
+    lr: float | None = None,
+    ms: float | None = None,
     tokens_per_s: float | None = None,
     mfu: float | None = None,
     eta: float | None = None,
@@ -27,7 +27,7 @@ def console_line(
     mfu 41.2% | eta 13m`. What is None is left out, except the MFU, which is 'n/a' where the peak is not known.
 
     Args:
-      loss_z, grad_norm_z: z-scores.
+      loss_z, gnorm_z: z-scores.
       mfu: a fraction.
       eta: seconds.
       more: further parts, already formatted.
@@ -37,12 +37,12 @@ def console_line(
         f"step {step:0{width}d}/{steps:0{width}d} ({100 * step / max(steps, 1):4.1f}%)",
         f"loss {loss:.4f}{_z(loss_z)}",
     ]
-    if grad_norm is not None:
-        parts.append(f"gnorm {grad_norm:.2f}{_z(grad_norm_z)}")
-    if learning_rate is not None:
-        parts.append(f"lr {learning_rate:.1e}")
-    if step_ms is not None:
-        parts.append(f"{step_ms:,.0f} ms" if step_ms >= 10 else f"{step_ms:.1f} ms")
+    if gnorm is not None:
+        parts.append(f"gnorm {gnorm:.2f}{_z(gnorm_z)}")
+    if lr is not None:
+        parts.append(f"lr {lr:.1e}")
+    if ms is not None:
+        parts.append(f"{ms:,.0f} ms" if ms >= 10 else f"{ms:.1f} ms")
     if tokens_per_s is not None:
         parts.append(f"{tokens_per_s:,.0f} tok/s")
     parts.append("mfu n/a" if mfu is None else f"mfu {100 * mfu:.1f}%")

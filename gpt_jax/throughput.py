@@ -83,14 +83,14 @@ class Clock:
         self._first: tuple[int, float] | None = None
         self._latest: tuple[int, float] | None = None
 
-    def tick(self, step: int, tokens: int, steps: int = 1, stall_seconds: float = 0.0) -> dict[str, float]:
+    def tick(self, step: int, tokens: int, stall_seconds: float = 0.0, steps: int = 1) -> dict[str, float]:
         """Ends a step (or several) and returns its `perf/*` values.
 
         Args:
           step: optimizer updates done.
           tokens: trained on since the last tick.
-          steps: updates since the last tick.
           stall_seconds: how long the loop waited for data since the last tick.
+          steps: updates since the last tick.
 
         Returns:
           perf/step_ms, perf/tokens_per_s, perf/stall (fraction of the time) and, if the peak is known, perf/mfu.
