@@ -201,9 +201,7 @@ class Checkpointer:
 
     def restore_frozen(self, abstract: Any) -> Any:
         """Reads what `save_frozen` stored, as `restore` reads a state."""
-        if not jax.tree.leaves(abstract):
-            return abstract
-        return _restore_exactly(self.directory / "frozen", abstract, "the frozen parameters")
+        return restore_frozen(self.directory, abstract)
 
 
 def list_steps(directory: str | os.PathLike) -> list[int]:
@@ -263,6 +261,13 @@ def restore(path: str | os.PathLike, step: int | None, abstract_state: Any) -> A
     folder, step = find_checkpoint(path, step)
     with _naming_the_good_one(folder, step):
         return _restore_exactly(folder / str(step), abstract_state, f"checkpoint {step} in {folder}")
+
+
+def restore_frozen(directory: str | os.PathLike, abstract: Any) -> Any:
+    """Reads the frozen parameters of a folder of checkpoints; a tree without leaves is returned as it is."""
+    if not jax.tree.leaves(abstract):
+        return abstract
+    return _restore_exactly(pathlib.Path(directory) / "frozen", abstract, "the frozen parameters")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,15 +33,26 @@ class _Parser(argparse.ArgumentParser):
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"gpt-jax {command}", description=f"{COMMANDS[command]}.", allow_abbrev=False)
     if command in ("train", "data"):
-        parser.add_argument("--config", required=command == "train", default="", metavar="FILE|NAME",
-                            help="a config file, or its name in configs/; --config.KEY=VALUE overrides a key")
+        parser.add_argument(
+            "--config",
+            required=command == "train",
+            default="",
+            metavar="FILE|NAME",
+            help="a config file, or its name in configs/; --config.KEY=VALUE overrides a key",
+        )
     if command == "data":
-        parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training rows as the model sees them")
+        parser.add_argument(
+            "--show", type=int, default=0, metavar="N", help="print N training rows as the model sees them"
+        )
         parser.add_argument("--workdir", default="", help="show the data of an existing run instead")
     if command == "train":
         parser.add_argument("--workdir", default="", help="the run's directory; an existing run is continued")
-        parser.add_argument("--accept-changes", action="store_true", help="continue a run although numerics or data changed")
-        parser.add_argument("--print-config", action="store_true", help="show every resolved key with its meaning, and stop")
+        parser.add_argument(
+            "--accept-changes", action="store_true", help="continue a run although numerics or data changed"
+        )
+        parser.add_argument(
+            "--print-config", action="store_true", help="show every resolved key with its meaning, and stop"
+        )
     if command == "eval":
         parser.add_argument("--workdir", required=True, help="the run")
         parser.add_argument("--step", type=int, default=None, help="checkpoint to evaluate; default: the newest")
@@ -103,6 +114,7 @@ def _main(argv: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}.")
     rest, overrides = split_overrides(argv[1:])
+    sys.path.insert(0, os.getcwd())  # import paths of a user's own objectives and optimizers
     args = _parser(command).parse_args(rest)
     use_compilation_cache()
     return globals()[f"_{command}"](args, overrides)
@@ -123,7 +135,9 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from gpt_jax.data.command import run_data
 
     if args.workdir:
-        config = configs.resolve(_saved_config(args.workdir), overrides)
+        from gpt_jax.run import saved_config
+
+        config = configs.resolve(saved_config(args.workdir), overrides)
     else:
         config = configs.load(args.config, overrides) if args.config else configs.resolve({}, overrides)
     result = run_data(
@@ -154,11 +168,10 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from gpt_jax.loading import load_run
-
-    run, params, step = load_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
     from gpt_jax.evaluate import evaluate_all
+    from gpt_jax.run import restore_run
 
+    run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
     values = evaluate_all(run, params, max_batches=args.max_batches, step=step)
     for name, value in values.items():
         print(f"{name.ljust(32)} {value:.6g}")
@@ -171,16 +184,6 @@ def _sample(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if overrides:
         raise UserError(f"sample takes no --config.{next(iter(overrides))}: the run's own config is used.")
     return sample.main(args) or 0
-
-
-def _saved_config(workdir: str) -> dict[str, Any]:
-    from gpt_jax.workdir import open_workdir
-
-    with open_workdir(workdir, lock=False) as directory:
-        tree = directory.read_config()
-    if tree is None:
-        raise UserError(f"{workdir} holds no run: it has no config.json.")
-    return tree
 
 
 def _print_json(result: dict[str, Any]) -> int:

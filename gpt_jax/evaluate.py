@@ -21,7 +21,14 @@ Evaluator = Callable[[Any, Any, int], dict[str, Any]]
 
 
 def evaluate(
-    objective: Objective, evaluator: Evaluator, params: Any, source: Any, shardings: Any, *, max_batches: int = 0, step: int = 0
+    objective: Objective,
+    evaluator: Evaluator,
+    params: Any,
+    source: Any,
+    shardings: Any,
+    *,
+    max_batches: int = 0,
+    step: int = 0,
 ) -> dict[str, float]:
     """Evaluates parameters on a validation source.
 
@@ -60,7 +67,9 @@ def bits_per_byte(nll_sum: float, num_bytes: int) -> float:
     return nll_sum / (math.log(2) * num_bytes)
 
 
-def evaluate_all(run: Any, params: Any, *, max_batches: int = 0, evaluators: Mapping[str, Evaluator] | None = None, step: int = 0) -> dict[str, float]:
+def evaluate_all(
+    run: Any, params: Any, *, max_batches: int = 0, evaluators: Mapping[str, Evaluator] | None = None, step: int = 0
+) -> dict[str, float]:
     """Evaluates every validation source of a run: {"valid/loss": ..., ...}; of a mixture also "valid/<source>/loss"."""
     from gpt_jax.run import placements
 

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 
 from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.console import Console, console_line
 from gpt_jax.errors import UserError
-from gpt_jax.metrics import Clock, Console, MetricsWriter, console_line
+from gpt_jax.metrics import MetricsWriter
+from gpt_jax.throughput import Clock
 from gpt_jax.workdir import Workdir
 
 
@@ -79,7 +81,9 @@ class Validate:
             self.writer.add(step, values)
             shown = [f"valid {values['valid/loss']:.4f}"]
             shown += [f"bits/byte {values['valid/bits_per_byte']:.4f}"] if "valid/bits_per_byte" in values else []
-            shown += [f"{k.split('/')[1]} {v:.4f}" for k, v in values.items() if k.count("/") == 2 and k.endswith("/loss")]
+            shown += [
+                f"{k.split('/')[1]} {v:.4f}" for k, v in values.items() if k.count("/") == 2 and k.endswith("/loss")
+            ]
             self.console.show(f"step {step:05d} | {' | '.join(shown)} | {time.perf_counter() - started:.1f} s")
         return values
 

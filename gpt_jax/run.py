@@ -6,20 +6,23 @@ Every command (train, eval, plan) builds a run here, so that none has a special 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from gpt_jax.config import Config
+from gpt_jax.checkpoint import find_checkpoint, restore, restore_frozen
+from gpt_jax.config import Config, resolve
 from gpt_jax.data import Data, prepare_data
 from gpt_jax.data.batches import resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, choose
 from gpt_jax.objectives.base import Objective, Setting, build_objective
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
 from gpt_jax.sharding import DEFAULT_RULES, batch_shardings, make_mesh, path_name
 from gpt_jax.step import TrainStep, build_eval_step, build_train_step
+from gpt_jax.workdir import open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +31,14 @@ class Run:
 
     Attributes:
       config: with vocab_size and max_positions filled in. data, objective, step: see their modules.
-      tokens_at: tokens in all batches before a step (a batch-size schedule summed).
+      rows_at: rows in the batch of a step. tokens_at: tokens in all batches before a step.
     """
 
     config: Config
     data: Data
     objective: Objective
     step: TrainStep
+    rows_at: Callable[[int], int]
     tokens_at: Callable[[Any], Any]
 
     def evaluator(self, source: Any) -> Callable[[Any, Any, int], dict[str, Any]]:
@@ -43,7 +47,11 @@ class Run:
 
 def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     """Builds data, model, objective, optimizer and step of a config; raises UserError naming what does not fit."""
-    if config.deterministic and jax.default_backend() == "gpu" and "deterministic" not in _xla_flags():
+    if (
+        config.deterministic
+        and jax.default_backend() == "gpu"
+        and "deterministic" not in os.environ.get("XLA_FLAGS", "")
+    ):
         raise UserError(
             "deterministic=True on a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment."
         )
@@ -113,7 +121,12 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     )
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.abstract.all_params)]
     check_groups(o.groups, names)
-    return Run(config, data, objective, step, tokens_at)
+    return Run(config, data, objective, step, batch_sizes(schedule, config.batch_size), tokens_at)
+
+
+def batch_sizes(schedule: Sequence[tuple[int, int]], batch_size: int) -> Callable[[int], int]:
+    """Returns step -> rows of its batch, on the host."""
+    return lambda step: next((sequences for until, sequences in schedule if step < until), batch_size)
 
 
 def fill_in(config: Config, vocab_size: int) -> Config:
@@ -166,7 +179,34 @@ def placements(run: Run, source: Any) -> Any:
     return batch_shardings(source.spec(), run.step.mesh)
 
 
-def _xla_flags() -> str:
-    import os
+def restore_run(
+    workdir: str, *, step: int | None = None, weights: str = "auto", overrides: Mapping[str, str] | None = None
+) -> tuple[Run, Any, int]:
+    """Rebuilds a finished or running run from its workdir alone, for evaluation.
 
-    return os.environ.get("XLA_FLAGS", "")
+    Args:
+      workdir: the run. step: a checkpoint's; None is the newest. weights: raw | ema | average | auto.
+      overrides: of the saved config, e.g. {"data.path": "other.txt", "eval.batch_size": "8"}.
+
+    Returns:
+      (run, parameters on the mesh, step).
+
+    Raises:
+      UserError: no run there, no such checkpoint, a damaged one.
+    """
+    choose("weights", weights, ("auto", "raw", "ema", "average"))
+    run = build_run(resolve(saved_config(workdir), overrides or {}), log=lambda line: None)
+    abstract = run.step.abstract_state
+    folder, found = find_checkpoint(workdir, step)
+    state = restore(folder, found, dataclasses.replace(abstract, frozen={}))
+    state = dataclasses.replace(state, frozen=restore_frozen(folder, abstract.frozen))
+    return run, state.eval_params(weights), found
+
+
+def saved_config(workdir: str) -> dict[str, Any]:
+    """Returns the resolved config that a run directory holds; raises UserError if it holds none."""
+    with open_workdir(workdir, lock=False) as directory:
+        tree = directory.read_config()
+    if tree is None:
+        raise UserError(f"{workdir!r} holds no run: it has no config.json.")
+    return tree

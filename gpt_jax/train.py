@@ -14,18 +14,23 @@ from gpt_jax import hooks
 from gpt_jax.checkpoint import Checkpointer, restore_subset
 from gpt_jax.config import Config, to_dict
 from gpt_jax.config_changes import compare, decide
+from gpt_jax.console import Console
 from gpt_jax.data import Loader
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all
-from gpt_jax.metrics import Clock, Console, MetricsWriter
+from gpt_jax.metrics import MetricsWriter, open_wandb
+from gpt_jax.model.config import count_parameters
 from gpt_jax.report import write_report
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.step import TrainState, join, split
+from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
 from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir
 
 
-def train(config: Config, workdir: str, *, accept_changes: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
+def train(
+    config: Config, workdir: str, *, accept_changes: bool = False, log: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Trains to `config.steps`, continuing the run that `workdir` holds, if any.
 
     Args:
@@ -52,18 +57,23 @@ def train(config: Config, workdir: str, *, accept_changes: bool = False, log: Ca
         )
         state, start = first_state(run, checkpointer, log)
         record_start(run, directory, start, changes)
-        tokens = run.config.batch_size * run.config.context_length
         writer = MetricsWriter(
             directory.metrics_path,
             tensorboard=directory.tensorboard_path if config.log.tensorboard else None,
-            wandb=config.log.wandb,
+            wandb=tracker(run.config, directory),
             resume_step=start,
+            writes=directory.writes,
         )
         stack.callback(writer.close)
-        console = stack.enter_context(contextlib.closing(Console(config.steps)))
-        clock = Clock(run.config.model, run.config.context_length, devices=len(run.step.mesh.devices.flat))
+        console = stack.enter_context(Console(config.steps, start, quiet=not directory.writes))
+        clock = Clock(flops_per_token(run.config), total_peak(list(run.step.mesh.devices.flat)))
         report_row = hooks.Log(
-            writer, console, clock, config.steps, config.log.every_steps, config.log.console_every_steps,
+            writer,
+            console,
+            clock,
+            config.steps,
+            config.log.every_steps,
+            config.log.console_every_steps,
             config.optimizer.max_skipped,
         )
         evaluators = {name: run.evaluator(source) for name, source in run.data.valid.items()}
@@ -71,7 +81,11 @@ def train(config: Config, workdir: str, *, accept_changes: bool = False, log: Ca
             writer,
             console,
             lambda params, at: evaluate_all(
-                run, params, max_batches=config.eval.max_batches if at < config.steps else 0, evaluators=evaluators, step=at
+                run,
+                params,
+                max_batches=config.eval.max_batches if at < config.steps else 0,
+                evaluators=evaluators,
+                step=at,
             ),
         )
         save = hooks.Save(
@@ -85,14 +99,15 @@ def train(config: Config, workdir: str, *, accept_changes: bool = False, log: Ca
         stop = stack.enter_context(Preemption())
 
         step, done, pending, values = run.step, start, None, {}
-        with Loader(
-            run.data.train, step.batch_shardings, start, config.steps, prefetch=config.data.prefetch
-        ) as loader:
+        with Loader(run.data.train, step.batch_shardings, start, config.steps, prefetch=config.data.prefetch) as loader:
             for index, batch in loader:
                 state, metrics = step(state, batch)
                 if pending is not None:
                     report_row(*pending)
-                done, pending = index + 1, (index + 1, metrics, tokens, loader.stall_seconds)
+                done, pending = (
+                    index + 1,
+                    (index + 1, metrics, run.rows_at(index) * config.context_length, loader.stall_seconds),
+                )
                 last = done == config.steps
                 stopping = stop.agreed(done)
                 evaluating = last or hooks.due(done, config.eval.every_steps)
@@ -126,7 +141,6 @@ def settle_config(config: Config, directory: Workdir, accept: bool, log: Callabl
         for line in decide(found, accept, directory.path):
             log(line)
         changes = found.as_history()
-    directory.write_config(new)
     return changes
 
 
@@ -160,8 +174,21 @@ def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, An
     directory.write_environment(run.data.info)
     if changes:
         directory.add_history("change", start, changes=changes)
+    directory.write_config(to_dict(run.config))  # after the change is in the history: a kill between loses neither
     directory.add_history("resume" if start else "start", start)
     directory.save_tokenizer(run.data.tokenizer)
+
+
+def flops_per_token(config: Config) -> float:
+    model = config.model
+    return model_flops_per_token(count_parameters(model), model.num_layers, model.d_model, config.context_length)
+
+
+def tracker(config: Config, directory: Workdir) -> Any:
+    """The Weights & Biases run of this directory, if the config names a project."""
+    if not config.log.wandb or not directory.writes:
+        return None
+    return open_wandb(config.log.wandb, directory.path, config.name, to_dict(config))
 
 
 def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:
@@ -190,7 +217,14 @@ def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:
 
 
 def finish(
-    run: Run, directory: Workdir, done: int, values: dict[str, float], start: int, stopped: bool, seconds: float, log: Callable[[str], None]
+    run: Run,
+    directory: Workdir,
+    done: int,
+    values: dict[str, float],
+    start: int,
+    stopped: bool,
+    seconds: float,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Ends a run: its history, its report, and the summary that scripts read."""
     finished = done >= run.config.steps

@@ -128,7 +128,8 @@ class Mixture(_Composition):
             children[name] = build_objective(spec, setting)
         if sum(rows.values()) != setting.batch_size:
             raise UserError(
-                f"the rows of objective.tasks sum to {sum(rows.values())} ({rows}), not to batch_size={setting.batch_size}."
+                f"the rows of objective.tasks sum to {sum(rows.values())} ({rows}), "
+                f"not to batch_size={setting.batch_size}."
             )
         return cls(children=children, child_coefs=coefs, rows=rows)
 
