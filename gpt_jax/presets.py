@@ -1,0 +1,86 @@
+"""Sizes by name: GPT-3's eight models (Brown et al. 2020, Table 2.1) and GPT-2's four (Radford et al. 2019).
+
+A config uses one so:
+
+    preset = PRESETS["gpt3_125m"]
+    config.context_length = preset.context_length
+    config.batch_size = preset.batch_size
+    config.model.update(preset.model)
+    config.optimizer.learning_rate = preset.learning_rate
+
+Table 2.1 prints two rows whose heads do not make up d_model; the parameter counts of its Table D.1 settle both:
+XL has 16 heads of 128 (printed: 24), 13B has d_model 5120 (printed: 5140). GPT-3 discloses neither the width of its
+banded layers nor which they are: here every second layer is a band of 256, after GPT-Neo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from gpt_jax.model.config import ModelConfig
+
+GPT2_VOCAB = 50257
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A published model.
+
+    Attributes:
+      model: overrides of ModelConfig. context_length: tokens of a sequence. batch_size: sequences of a batch.
+      learning_rate: at the peak. parameters: exact number, padding of the vocabulary excluded.
+    """
+
+    model: dict[str, Any]
+    context_length: int
+    batch_size: int
+    learning_rate: float
+    parameters: int
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_size * self.context_length
+
+    def config(self, **overrides: Any) -> ModelConfig:
+        """Returns the model's config, with its own vocabulary and positions unless overridden."""
+        return ModelConfig(**self.model | overrides)
+
+
+def _preset(context: int, layers: int, width: int, heads: int, batch: int, lr: float, count: int, **extra) -> Preset:
+    model = dict(
+        vocab_size=GPT2_VOCAB, num_layers=layers, d_model=width, num_heads=heads, max_positions=context, **extra
+    )
+    return Preset(model, context, batch, lr, count)
+
+
+def _gpt3(layers: int, width: int, heads: int, batch: int, lr: float, count: int) -> Preset:
+    return _preset(2048, layers, width, heads, batch, lr, count, pattern=("dense", "band"), window=256)
+
+
+# Batches are Table 2.1's tokens (0.5M, 1M, 2M, 3.2M) in sequences of 2,048.
+GPT3: dict[str, Preset] = {
+    "gpt3_125m": _gpt3(12, 768, 12, 256, 6e-4, 125_226_240),
+    "gpt3_350m": _gpt3(24, 1024, 16, 256, 3e-4, 355_871_744),
+    "gpt3_760m": _gpt3(24, 1536, 16, 256, 2.5e-4, 760_300_032),
+    "gpt3_1b3": _gpt3(24, 2048, 16, 512, 2e-4, 1_315_723_264),
+    "gpt3_2b7": _gpt3(32, 2560, 32, 512, 1.6e-4, 2_651_553_280),
+    "gpt3_6b7": _gpt3(32, 4096, 32, 1024, 1.2e-4, 6_658_404_352),
+    "gpt3_13b": _gpt3(40, 5120, 40, 1024, 1e-4, 12_853_386_240),
+    "gpt3_175b": _gpt3(96, 12288, 96, 1536, 6e-5, 174_604_259_328),
+}
+
+# GPT-2's learning rates are not published: these are those of the GPT-3 model of about the same size.
+GPT2: dict[str, Preset] = {
+    "gpt2_124m": _preset(1024, 12, 768, 12, 512, 6e-4, 124_439_808),
+    "gpt2_355m": _preset(1024, 24, 1024, 16, 512, 3e-4, 354_823_168),
+    "gpt2_774m": _preset(1024, 36, 1280, 20, 512, 2.5e-4, 774_030_080),
+    "gpt2_1558m": _preset(1024, 48, 1600, 25, 512, 2e-4, 1_557_611_200),
+}
+
+PRESETS: dict[str, Preset] = GPT3 | GPT2
+
+# GPT-3, appendix B: tokens.
+GPT3_WARMUP = "375Mtok"
+GPT3_DECAY = "260Btok"
+GPT3_TOKENS = 300_000_000_000

@@ -1,0 +1,33 @@
+"""Every test runs on eight simulated CPU devices; a mesh over some of `jax.devices()` picks how many it uses."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import jax
+import pytest
+
+# Compiling is most of the suite's time: compiled programs are kept between runs. GPT_JAX_TEST_CACHE= (empty) is off.
+_CACHE = os.environ.get("GPT_JAX_TEST_CACHE", str(pathlib.Path.home() / ".cache" / "gpt_jax" / "test_programs"))
+if _CACHE:
+    jax.config.update("jax_compilation_cache_dir", _CACHE)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_collection_modifyitems(items):
+    """`slow` tests run last, so that a broken quick one is seen first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """The folder of real data that GPT_JAX_DATA names; the test is skipped by name without it."""
+    folder = os.environ.get("GPT_JAX_DATA", "")
+    if not folder or not pathlib.Path(folder).is_dir():
+        pytest.skip("GPT_JAX_DATA names no folder of data")
+    return pathlib.Path(folder)
