@@ -4,7 +4,7 @@ Reads tokens of GPT-2's BPE: nanoGPT's train.bin and val.bin, or any text.
 """
 
 from gpt_jax.config import base
-from gpt_jax.presets import GPT2
+from gpt_jax.presets import PRESETS
 
 
 def get_config():
@@ -12,8 +12,7 @@ def get_config():
     config.steps = 600_000
     config.batch_size = 480
     config.context_length = 1024
-    config.microbatches = 1
-    config.model.update(**GPT2["124m"], dtype="bfloat16", unroll=1)
+    config.model.update(**PRESETS["gpt2_124m"].model, dtype="bfloat16", unroll=1)
     config.data.update(path="$GPT_JAX_DATA/openwebtext/train.bin", valid_path="$GPT_JAX_DATA/openwebtext/val.bin")
     config.data.tokenizer.update(kind="gpt2", path="$GPT_JAX_DATA/gpt2_bpe", specials=("eot",))
     config.optimizer.update(learning_rate=6e-4, warmup="2000")

@@ -18,6 +18,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import ml_collections
+
+from gpt_jax.config import base
 from gpt_jax.model.config import ModelConfig
 
 GPT2_VOCAB = 50257
@@ -84,3 +87,23 @@ PRESETS: dict[str, Preset] = GPT3 | GPT2
 GPT3_WARMUP = "375Mtok"
 GPT3_DECAY = "260Btok"
 GPT3_TOKENS = 300_000_000_000
+
+
+def gpt3(name: str) -> ml_collections.ConfigDict:
+    """Returns the config of a GPT-3 run: its model, batch, learning rate and schedule in tokens (appendix B).
+
+    Reads text of your own; GPT-3's data are not published.
+    """
+    preset = PRESETS[name]
+    config = base()
+    config.steps = -(-GPT3_TOKENS // preset.batch_tokens)
+    config.batch_size = preset.batch_size
+    config.context_length = preset.context_length
+    config.model.update(**preset.model, dtype="bfloat16", unroll=1, remat="full")
+    config.data.path = "$GPT_JAX_DATA/pretrain/*.jsonl.zst"
+    config.data.tokenizer.update(kind="gpt2", path="$GPT_JAX_DATA/gpt2_bpe", specials=("eot",))
+    config.optimizer.update(learning_rate=preset.learning_rate, warmup=GPT3_WARMUP, decay=GPT3_DECAY)
+    config.eval.update(every_steps=2000, max_batches=50)
+    config.checkpoint.every_steps = 2000
+    config.log.every_steps = 10
+    return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -176,7 +177,9 @@ def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, An
         directory.add_history("change", start, changes=changes)
     directory.write_config(to_dict(run.config))  # after the change is in the history: a kill between loses neither
     directory.add_history("resume" if start else "start", start)
-    directory.save_tokenizer(run.data.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        run.data.tokenizer.save(folder)
+        directory.save_tokenizer(folder)
 
 
 def flops_per_token(config: Config) -> float:
