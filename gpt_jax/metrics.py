@@ -143,7 +143,8 @@ class MetricsWriter:
                 line = line[self._file.write(line) :]
         if self._events is not None:
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                if math.isfinite(value):  # TensorBoard draws no others
+                    self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -257,7 +258,8 @@ def _open_events(folder: str | os.PathLike, resume_step: int | None) -> Any:
     import tensorboardX
 
     purge = None if resume_step is None else resume_step + 1
-    return tensorboardX.SummaryWriter(str(folder), purge_step=purge, flush_secs=30)
+    suffix = f".{os.getpid()}.{resume_step or 0}"  # its names tell apart only writers opened in different seconds
+    return tensorboardX.SummaryWriter(str(folder), purge_step=purge, flush_secs=30, filename_suffix=suffix)
 
 
 def open_wandb(project: str, folder: str | os.PathLike, name: str, config: Mapping[str, Any]) -> Any:
