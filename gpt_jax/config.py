@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -38,9 +39,10 @@ from gpt_jax.options import option
 class TokenizerConfig:
     kind: str = option("unigram", "unigram | bpe (sentencepiece), char, byte, gpt2 or hf (files at `path`)")
     path: str = option("", "an existing tokenizer: its folder or file; empty trains one from the corpus")
-    vocab_size: int = option(4096, "size to train (unigram, bpe); for char: keep the k most frequent, 0 keeps all")
+    vocab_size: int = option(4096, "size to train, specials included (unigram, bpe); char: the k most frequent, 0 all")
     specials: tuple[str, ...] = option(("eot", "mask", "sep", "cls"), "special tokens, after the ordinary ones")
-    unknown: str = option("bytes", "what a character outside a truncated vocabulary becomes: bytes | unk")
+    unknown: str = option("bytes", "what is outside a truncated vocabulary becomes: bytes | unk | error (char only)")
+    keep: int = option(0, "unigram, bpe, gpt2, hf: keep only the k most frequent tokens; 0 keeps all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +159,32 @@ class Config:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "context_length", "microbatches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for group, name, least in (
+            ("log", "every_steps", 1),
+            ("log", "console_every_steps", 1),
+            ("eval", "every_steps", 0),
+            ("eval", "max_batches", 0),
+            ("sample", "every_steps", 0),
+            ("checkpoint", "every_steps", 0),
+            ("checkpoint", "every_minutes", 0),
+            ("checkpoint", "keep_last", 1),
+            ("checkpoint", "keep_best", 0),
+            ("checkpoint", "keep_every_steps", 0),
+            ("data", "prefetch", 1),
+            ("data", "workers", 0),
+        ):
+            value = getattr(getattr(self, group), name)
+            if value < least:
+                raise UserError(f"{group}.{name} is {value}; it must be at least {least}.")
+        for pair in self.data.skip:
+            whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(end) is int for end in pair)
+            if not whole or not 0 <= pair[0] < pair[1]:
+                raise UserError(f"data.skip has {pair}; it is a list of ranges [(from, to), ...] with 0 <= from < to.")
+
 
 _SPELLED = {"from": "source"}  # `init.from` cannot be a field name in Python
 
@@ -263,17 +291,26 @@ def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     except KeyError as error:
         raise UserError(f"{path}: {' '.join(str(error.args[0] if error.args else error).split())}") from None
-    except (SyntaxError, TypeError, ValueError, ImportError) as error:
-        raise UserError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    return tree.to_dict() if isinstance(tree, ml_collections.ConfigDict) else dict(tree)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's file does wrong
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if isinstance(tree, ml_collections.ConfigDict):
+        return tree.to_dict()
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path}: get_config() returned {tree!r}, not a config (see gpt_jax.config.base).")
+    return dict(tree)
 
 
 def _set_dotted(tree: dict[str, Any], key: str, text: str) -> None:
     *folders, last = key.split(".")
-    node = tree
+    node, default = tree, to_dict(Config())
     for depth, name in enumerate(folders):
-        if name not in node:
-            node[name] = {}
+        default = default.get(name, {}) if isinstance(default, dict) else {}
+        if name not in node:  # a mapping that is one value (objective) keeps its other entries
+            node[name] = dict(default) if isinstance(default, dict) else {}
         node = node[name]
         if not isinstance(node, dict):
             raise UserError(f"--config.{key}: {'.'.join(folders[: depth + 1])!r} is a value, not a group of keys.")
@@ -333,15 +370,15 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             return value
         if hint is int and isinstance(value, int) and not isinstance(value, bool):
             return value
-        if hint is int and isinstance(value, float) and value == int(value):
+        if hint is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if origin is tuple and isinstance(value, (list, tuple)):
             return _freeze(value)
-        if origin is Mapping or getattr(origin, "__name__", "") == "Mapping":
-            if isinstance(value, Mapping):
-                return _freeze(value)
+        is_mapping = origin is Mapping or getattr(origin, "__name__", "") == "Mapping"
+        if is_mapping and isinstance(value, Mapping):
+            return _freeze(value)
         if hint is Any:
             return _freeze(value)
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple"}
