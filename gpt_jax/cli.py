@@ -155,7 +155,10 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     config = configs.load(args.config, overrides)
     if args.print_config:
+        from gpt_jax.objectives.base import describe_options
+
         print(configs.describe(config))
+        print(describe_options(config.objective))
         return 0
     if not args.workdir:
         raise UserError("--workdir is missing: where the run goes, e.g. --workdir=runs/first.")

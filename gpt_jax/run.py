@@ -18,7 +18,7 @@ from gpt_jax.data import Data, prepare_data
 from gpt_jax.data.batches import resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
 from gpt_jax.errors import UserError, choose
-from gpt_jax.objectives.base import Objective, Setting, build_objective
+from gpt_jax.objectives.base import Objective, Setting, build_objective, check_spec
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
 from gpt_jax.sharding import DEFAULT_RULES, batch_shardings, make_mesh, path_name
 from gpt_jax.step import TrainStep, build_eval_step, build_train_step
@@ -57,6 +57,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         )
     mesh = make_mesh(dataclasses.asdict(config.mesh) | {"rules": None})
     check_rows(config, mesh)
+    check_spec(config.objective)
     schedule = resolve_batch_schedule(
         config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
     )

@@ -146,6 +146,25 @@ def check_options(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
+def check_spec(spec: Mapping[str, Any]) -> type[Objective]:
+    """Returns the class that a config's `objective` table names, or raises UserError: before any data is built."""
+    if "name" not in spec:
+        raise UserError("the objective has no 'name'.")
+    cls = objective_class(spec["name"])
+    check_options(cls, {key: value for key, value in spec.items() if key != "name"})
+    return cls
+
+
+def describe_options(spec: Mapping[str, Any]) -> str:
+    """Returns a line per option of an objective: its key, its value and its meaning (`--print-config`)."""
+    cls = check_spec(spec)
+    lines = []
+    for name, field in option_fields(cls).items():
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        lines.append(f"objective.{name} = {spec.get(name, default)!r}".ljust(48) + f"  # {field.metadata['help']}")
+    return "\n".join(lines)
+
+
 def import_path(path: str) -> Any:
     """Returns the object that 'package.module:name' names; raises UserError when it cannot be had."""
     module, _, name = path.partition(":")
@@ -169,10 +188,8 @@ def objective_class(name: str) -> type[Objective]:
 
 def build_objective(spec: Mapping[str, Any], setting: Setting) -> Objective:
     """Makes an objective of a config's `objective` table, {"name": ..., options...}."""
-    options = dict(spec)
-    if "name" not in options:
-        raise UserError("the objective has no 'name'.")
-    return objective_class(options.pop("name")).build(options, setting)
+    cls = check_spec(spec)
+    return cls.build({key: value for key, value in spec.items() if key != "name"}, setting)
 
 
 def text_spec(batch_size: int, context_length: int) -> dict[str, jax.ShapeDtypeStruct]:
