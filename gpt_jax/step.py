@@ -61,8 +61,11 @@ class TrainState:
     def eval_params(self, weights: str = "auto") -> Any:
         """What evaluation, sampling and export read: raw, ema, an optimizer's average, or (auto) an average if any."""
         chosen = self.params
-        if weights == "average" or (weights == "auto" and has_average(self.opt_state)):
-            chosen = optax.contrib.schedule_free_eval_params(self.opt_state, self.params)
+        average = schedule_free_state(self.opt_state)
+        if weights == "average" and average is None:
+            raise UserError("eval.weights is 'average', but the optimizer keeps none (schedule-free ones do).")
+        if average is not None and weights in ("average", "auto"):
+            chosen = optax.contrib.schedule_free_eval_params(average, self.params)
         elif weights == "ema" or (weights == "auto" and self.ema is not None):
             if self.ema is None:
                 raise UserError("eval.weights is 'ema', but optimizer.ema is 0: there is no average.")
@@ -70,9 +73,11 @@ class TrainState:
         return join(chosen, self.frozen)
 
 
-def has_average(opt_state: Any) -> bool:
-    """Whether an optimizer state is schedule-free's, whose evaluation parameters are an average."""
-    return isinstance(opt_state, optax.contrib.ScheduleFreeState)
+def schedule_free_state(opt_state: Any) -> Any:
+    """Returns the part of an optimizer state whose evaluation parameters are an average, or None."""
+    kind = optax.contrib.ScheduleFreeState
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    return next((part for part in parts if isinstance(part, kind)), None)
 
 
 def split(params: Any, frozen: Sequence[str]) -> tuple[Any, Any]:
