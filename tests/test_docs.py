@@ -64,7 +64,12 @@ def test_every_command_and_snippet_runs(page, tmp_path):
             if any(word in command for word in INSTALLING):
                 continue
             done = subprocess.run(
-                ["bash", "-c", shrink(command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+                ["bash", "-c", shrink(command)],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=600,
             )
             assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             ran += 1

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from gpt_jax.errors import UserError
+from gpt_jax.files import atomic_write, explain_no_space
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -39,26 +38,9 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Writes a file so that a reader sees all of it or the one that was there before."""
-    path = pathlib.Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 @contextlib.contextmanager
 def locked(path: str | os.PathLike, log: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Holds an exclusive lock on `path`.lock; the kernel drops it with the process, so kill -9 leaves nothing behind."""
+    """Holds an exclusive lock on `path`.lock; the kernel drops it with the process, even one killed by -9."""
     with open(f"{path}.lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,25 +51,17 @@ def locked(path: str | os.PathLike, log: Callable[[str], None] | None = None) ->
         yield
 
 
-@contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turns 'no space left' and 'permission denied' inside the block into a UserError about writing `what`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UserError(f"cannot write {what}: {os.strerror(error.errno)}.") from error
-        raise
-
-
 def build_folder(
-    path: pathlib.Path, build: Callable[[pathlib.Path], None], log: Callable[[str], None] | None = None
+    path: pathlib.Path,
+    build: Callable[[pathlib.Path], None],
+    what: str = "a file",
+    log: Callable[[str], None] | None = None,
 ) -> pathlib.Path:
     """Returns folder `path`, made by `build(temporary folder)` under a lock unless it is there already."""
     if path.is_dir():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(str(path)), locked(path, log):
+    with explain_no_space(path, what), locked(path, log):
         if not path.is_dir():
             temporary = path.with_name(path.name + ".new")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -106,6 +80,5 @@ def remembered(memo: pathlib.Path | None, key: str, compute: Callable[[], Any]) 
         return json.loads(path.read_text())
     value = compute()
     memo.mkdir(parents=True, exist_ok=True)
-    with disk_errors(str(path)):
-        write_atomically(path, json.dumps(value))
+    atomic_write(path, json.dumps(value))
     return value

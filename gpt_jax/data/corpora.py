@@ -23,6 +23,7 @@ from typing import Any
 from gpt_jax.data import cache
 from gpt_jax.data.readers import Document, Progress, expand_paths, file_format, read_documents
 from gpt_jax.errors import UserError, nearest
+from gpt_jax.files import atomic_write
 
 EMBEDDED = ("python_docs", "python_source")
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -162,8 +163,7 @@ def _embedded_corpus(name: str, memo: pathlib.Path | None) -> Corpus:
         if not path.exists():
             memo.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps({"id": i, "text": t}) + "\n" for i, t in read())
-            with cache.disk_errors(str(path)):
-                cache.write_atomically(path, "".join(lines))
+            atomic_write(path, "".join(lines))
 
         def read(path=path):
             yield from read_documents(path)
@@ -223,7 +223,7 @@ def _hugging_face_corpus(name: str, text_key: str) -> Corpus:
     except ImportError:
         raise UserError(f"data.corpus {name!r} needs the extra 'hf': pip install 'gpt_jax[hf]'.") from None
     _, dataset, *rest = name.split(":")
-    subset, split = (rest + ["", ""])[:2]
+    subset, split = [*rest, "", ""][:2]
     try:
         table = datasets.load_dataset(dataset, subset or None, split=split or "train")
     except Exception as error:  # the library raises dozens of kinds; each is the user's to see, in one line
@@ -234,7 +234,7 @@ def _hugging_face_corpus(name: str, text_key: str) -> Corpus:
     def read(progress: Progress) -> Iterator[Document]:
         for number, row in enumerate(table):
             progress.done += 1
-            yield f"{dataset}:{number}", row[text_key]
+            yield f"{dataset}:{number}", row[text_key] or ""
 
     fingerprint = {"corpus": name, "documents": len(table), "sha256": cache.content_hash(table._fingerprint)}
     return Corpus(name, read, fingerprint, len(table))

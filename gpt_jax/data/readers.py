@@ -33,6 +33,15 @@ class Progress:
     total: int = 0
 
 
+def expand_variables(path: str) -> str:
+    """Expands ~ and $VARS; raises UserError naming a variable that is not set."""
+    out = os.path.expandvars(os.path.expanduser(path.strip()))
+    if "$" in out:
+        name = out[out.index("$") + 1 :].split("/")[0].strip("{}")
+        raise UserError(f"path {path!r} needs the environment variable {name}, which is not set.")
+    return out
+
+
 def expand_paths(paths: str) -> list[pathlib.Path]:
     """Returns the files that comma-separated paths and globs name, sorted within each glob, each file once.
 
@@ -41,10 +50,7 @@ def expand_paths(paths: str) -> list[pathlib.Path]:
     """
     files: dict[pathlib.Path, None] = {}
     for part in filter(None, (p.strip() for p in paths.split(","))):
-        pattern = os.path.expandvars(os.path.expanduser(part))
-        if "$" in pattern:
-            name = pattern[pattern.index("$") + 1 :].split("/")[0].strip("{}")
-            raise UserError(f"data path {part!r} needs the environment variable {name}, which is not set.")
+        pattern = expand_variables(part)
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [pathlib.Path(f) for f in found]
         if not found:
@@ -65,7 +71,8 @@ def file_format(path: pathlib.Path) -> tuple[str, str]:
     kind = suffixes[-1] if suffixes else ""
     if kind not in FORMATS:
         raise UserError(
-            f"{path}: cannot tell its format; allowed: {' '.join(FORMATS)}, plain or followed by {' '.join(COMPRESSIONS)}."
+            f"{path}: cannot tell its format; allowed: {' '.join(FORMATS)}, "
+            f"plain or followed by {' '.join(COMPRESSIONS)}."
         )
     if kind == ".parquet" and compression:
         raise UserError(f"{path}: a parquet file compresses itself; remove the {compression}.")
@@ -76,7 +83,7 @@ def read_documents(path: pathlib.Path, text_key: str = "text", progress: Progres
     """Yields (id, text) of one file, streaming.
 
     .txt: the file is one document. .jsonl: an object a line, text under `text_key`, id under 'id' if there is one.
-    .csv, .tsv: a header names the columns; without one `text_key` is a column number from 0. .parquet: column `text_key`.
+    .csv, .tsv: a header names the columns; without one `text_key` is a column number from 0. .parquet: a column.
 
     Raises:
       UserError: naming file and line of what is malformed, or the damaged file.

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt_jax.data.cache import write_atomically
 from gpt_jax.errors import UserError, choose
+from gpt_jax.files import atomic_write
 
 CONFIG_FILE = "tokenizer_config.json"
 FORMAT = 1
@@ -150,8 +150,8 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._files().items():
-            write_atomically(folder / name, data)
-        write_atomically(folder / CONFIG_FILE, self._description() + "\n")
+            atomic_write(folder / name, data)
+        atomic_write(folder / CONFIG_FILE, self._description() + "\n")
 
 
 class StreamDecoder:

@@ -119,7 +119,7 @@ class Attention(nn.Module):
         keys_B: Array | None,
     ) -> tuple[Array, Cache | None]:
         config = self.config
-        D, H, G, K = config.d_model, config.num_heads, config.kv_heads, config.key_size
+        D, H, K = config.d_model, config.num_heads, config.key_size
         q, k, v = self._project(x_BxTxD)
         if config.qk_norm:
             axis = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))

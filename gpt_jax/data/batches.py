@@ -1,0 +1,469 @@
+"""Closed forms from the step to the rows of its batch, and the rows of a text.
+
+    step -> batch index (skipped ranges jumped over) -> first row (batch sizes summed) -> (epoch, i) -> permutation of i
+
+Nothing here has state: the batch at a step is a function of (config, seed, step), and so is every row of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpt_jax.data.store import Split
+from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.errors import UserError
+
+Rows = dict[str, np.ndarray]
+_MASK = (1 << 64) - 1
+
+
+# -- a stateless permutation --------------------------------------------------------------------------------------
+
+
+def mix(*values: int) -> int:
+    """Returns a 64-bit hash of integers (SplitMix64's finalizer; Steele et al. 2014)."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = (state + (value & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def permute(index: np.ndarray | int, size: int, seed: int) -> np.ndarray:
+    """Returns the images of `index` under a pseudo-random permutation of range(size), without making it.
+
+    A balanced Feistel network on the next even number of bits, walked until it lands in the range (Black and Rogaway,
+    Ciphers with Arbitrary Finite Domains, 2002): a bijection for every size and seed.
+
+    Args:
+      index: integers in [0, size), any shape.
+      size: at least 1.
+      seed: chooses the permutation.
+    """
+    index = np.asarray(index, np.int64)
+    if index.size and not (0 <= index.min() and index.max() < size):
+        raise IndexError(f"index out of range({size})")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    keys = [np.uint64(mix(seed, half, r)) for r in range(6)]
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> np.uint64(half), x & low
+        for key in keys:
+            y = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
+            y ^= y >> np.uint64(32)
+            y *= np.uint64(0x94D049BB133111EB)
+            y ^= y >> np.uint64(29)
+            left, right = right, left ^ (y & low)
+        return (left << np.uint64(half)) | right
+
+    with np.errstate(over="ignore"):
+        out = network(index.astype(np.uint64).ravel())
+        outside = np.flatnonzero(out >= size)
+        while outside.size:
+            out[outside] = network(out[outside])
+            outside = outside[out[outside] >= size]
+    return out.astype(np.int64).reshape(index.shape)
+
+
+# -- from the step to rows ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOrder:
+    """Which rows a step reads.
+
+    Attributes:
+      batch_size: rows of a batch once the schedule is over.
+      schedule: ((until, rows), ...): batches with an index below `until` have that many rows.
+      skip: [from, to) ranges of batch indices that no step reads.
+    """
+
+    batch_size: int
+    schedule: tuple[tuple[int, int], ...] = ()
+    skip: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        for pair in self.skip:
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+                raise UserError(f"data.skip has {tuple(pair)}; each is (from, to) with 0 <= from < to.")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}; it must be at least 1.")
+
+    def batch_index(self, step: int) -> int:
+        """Returns the index of the batch that a step reads: the step-th that is not skipped."""
+        index = step
+        for start, stop in _merged(self.skip):
+            if index >= start:
+                index += stop - start
+        return index
+
+    def rows_of_batch(self, index: int) -> int:
+        """Returns the number of rows of a batch."""
+        return next((rows for until, rows in self.schedule if index < until), self.batch_size)
+
+    def first_row(self, index: int) -> int:
+        """Returns the first row of a batch: the sizes of those before it summed."""
+        total, start = 0, 0
+        for until, rows in self.schedule:
+            if index <= start:
+                break
+            total += (min(index, until) - start) * rows
+            start = until
+        return total + max(0, index - start) * self.batch_size
+
+    def rows(self, step: int, rows: slice) -> np.ndarray:
+        """Returns the numbers of rows [rows.start, rows.stop) of the batch of a step, int64."""
+        index = self.batch_index(step)
+        size = self.rows_of_batch(index)
+        start, stop, _ = rows.indices(size)
+        return self.first_row(index) + np.arange(start, stop, dtype=np.int64)
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], stop))
+        else:
+            out.append((start, stop))
+    return out
+
+
+def resolve_batch_schedule(
+    schedule: Sequence[tuple[str | int, int]], *, batch_size: int, context_length: int, steps: int
+) -> tuple[tuple[int, int], ...]:
+    """Returns ((until batch index, rows), ...) of a schedule in steps ('200'), tokens ('375Mtok') or percent ('5%').
+
+    A number of tokens is reached with the smaller batches that the schedule itself gives.
+
+    Raises:
+      UserError: a duration that cannot be read, batches out of order or larger than `batch_size`.
+    """
+    out: list[tuple[int, int]] = []
+    for until, rows in schedule:
+        start = out[-1][0] if out else 0
+        before = BatchOrder(rows, tuple(out)).first_row(start) * context_length
+        text = str(until).strip().lower()
+        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(%|([kmbgt]?)tok(?:ens)?)?", text)
+        try:
+            number = float(match[1])
+        except (TypeError, ValueError):
+            raise UserError(f"batch_schedule: cannot read {until!r}; write '200', '375Mtok' or '5%'.") from None
+        if match[2] is None:
+            index = round(number)
+        elif match[2] == "%":
+            index = round(number / 100 * steps)
+        else:
+            tokens = number * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}[match[3]]
+            index = start + max(0, round((tokens - before) / (rows * context_length)))
+        if index < start:
+            raise UserError(f"batch_schedule: {until!r} comes before the entry above it.")
+        if not 1 <= rows <= batch_size:
+            raise UserError(f"batch_schedule has {rows} sequences; allowed: 1 to batch_size ({batch_size}).")
+        if index > start:
+            out.append((index, rows))
+    return tuple(out)
+
+
+# -- rows of a text -----------------------------------------------------------------------------------------------
+
+
+class RowMaker(Protocol):
+    """Rows of one text. Row i of an epoch is the same whatever order it is read in."""
+
+    rows_per_epoch: int
+
+    def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
+        """Returns rows `indices` [n] of `epochs` [n] as arrays [n, T]."""
+        ...
+
+
+class StreamRows:
+    """Rows cut from one long stream EOT document EOT document ..., which is a circle.
+
+    Row i of epoch e is T tokens from (offset(e) + i T) on; each predicts the one after it. So every token is a target
+    exactly once in an epoch; the last row goes round to where the first began, and those targets have weight 0.
+
+    With doc_mask, `segment_ids` number the documents of a row from 1 and `positions` restart at 0 with each and at the
+    beginning of the row. The EOT that begins a document is also the end of the one before: it is predicted inside that
+    one, by its last token, and is then the first token of its own. So no target crosses a boundary, all weights are
+    1, and a packed document gives what it gives alone (EOT document -> document EOT). Without an EOT in the vocabulary
+    the first token of a document would be predicted across the boundary: weight 0.
+
+    Args:
+      split: the text.
+      length: T, tokens of a row.
+      doc_mask: add segment_ids and positions.
+      seed: of the offsets; None keeps them 0.
+    """
+
+    def __init__(self, split: Split, length: int, doc_mask: bool = False, seed: int | None = None):
+        self.split, self.length, self.doc_mask, self.seed = split, length, doc_mask, seed
+        self.rows_per_epoch = -(-split.num_tokens // length)
+
+    def offset(self, epoch: int) -> int:
+        """Returns where epoch's first row begins."""
+        return 0 if self.seed is None else mix(self.seed, epoch, 1) % self.split.num_tokens
+
+    def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
+        n, length, size = len(indices), self.length, self.split.num_tokens
+        both = np.empty((n, length + 1), np.int32)
+        weights = np.ones((n, length), np.float32)
+        begins = np.zeros((n, length + 1), bool)
+        for row, (epoch, i) in enumerate(zip(epochs.tolist(), indices.tolist(), strict=True)):
+            start = (self.offset(epoch) + i * length) % size
+            both[row] = self.split.read(start, length + 1)
+            weights[row, max(0, size - i * length) :] = 0
+            if self.doc_mask:
+                begins[row] = self.split.begins(start, length + 1)
+        out = {"tokens": both[:, :-1], "targets": both[:, 1:], "target_weights": weights}
+        if self.doc_mask:
+            if self.split.eot is None:
+                weights[begins[:, 1:]] = 0
+            out |= _segments(begins[:, :-1])
+        return out
+
+
+def _segments(begins: np.ndarray) -> Rows:
+    """Returns segment_ids and positions [n, T] of rows whose documents begin where `begins` [n, T] is true."""
+    begins = begins.copy()
+    begins[:, 0] = True
+    at = np.arange(begins.shape[1], dtype=np.int32)
+    first = np.maximum.accumulate(np.where(begins, at, 0), axis=1)
+    return {"segment_ids": np.cumsum(begins, axis=1, dtype=np.int32), "positions": (at - first).astype(np.int32)}
+
+
+class PieceRows:
+    """Rows that hold whole documents: one each, or as many as fit.
+
+    Documents longer than T are cut into pieces of T tokens. A piece gives what it gives alone (see StreamRows); the
+    rest of its row is padding: segment 0, weight 0, token 0.
+
+    Args:
+      split: the text.
+      length: T.
+      bins: False: a row per piece. True: pieces are packed best-fit-decreasing, once for all epochs.
+    """
+
+    def __init__(self, split: Split, length: int, bins: bool = False):
+        self.split, self.length = split, length
+        starts = np.asarray(split.starts, np.int64)
+        sizes = np.diff(np.append(starts, split.num_tokens + starts[0]))  # the last may go round the circle
+        pieces = -(-sizes // length)
+        document = np.repeat(np.arange(len(starts)), pieces)
+        rank = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self._starts = starts[document] + rank * length
+        self._sizes = np.minimum(length, sizes[document] - rank * length)
+        if bins:
+            self._order, self._bounds = best_fit(self._sizes, length)
+        else:
+            self._order, self._bounds = np.arange(len(document)), np.arange(len(document) + 1)
+        self.rows_per_epoch = len(self._bounds) - 1
+
+    def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
+        n, length = len(indices), self.length
+        out = {k: np.zeros((n, length), np.int32) for k in ("tokens", "targets", "segment_ids", "positions")}
+        out["target_weights"] = np.zeros((n, length), np.float32)
+        for row, i in enumerate(indices.tolist()):
+            at = 0
+            for segment, piece in enumerate(self._order[self._bounds[i] : self._bounds[i + 1]].tolist(), 1):
+                start, size = int(self._starts[piece]), int(self._sizes[piece])
+                part, both = slice(at, at + size), self.split.read(start, size + 1)
+                out["tokens"][row, part], out["targets"][row, part] = both[:-1], both[1:]
+                out["segment_ids"][row, part] = segment
+                out["positions"][row, part] = np.arange(size)
+                out["target_weights"][row, part] = 1
+                if self.split.eot is None and self.split.begins(start + size, 1)[0]:
+                    out["target_weights"][row, at + size - 1] = 0
+                at += size
+        return out
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packs items into bins, largest first, each into the fullest bin that has room (best fit decreasing).
+
+    Args:
+      sizes: in [1, capacity], [n].
+      capacity: of a bin.
+
+    Returns:
+      (order [n], bounds [bins + 1]): bin b holds items order[bounds[b]:bounds[b + 1]].
+    """
+    free: list[list[int]] = [[] for _ in range(capacity + 1)]  # free[r]: bins with room r
+    nonempty = 0  # bit r is set if free[r] is not empty
+    bins: list[list[int]] = []
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[item])
+        fits = nonempty >> size
+        if fits:
+            room = size + (fits & -fits).bit_length() - 1
+            chosen = free[room].pop()
+            if not free[room]:
+                nonempty &= ~(1 << room)
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(item)
+        if room > size:
+            free[room - size].append(chosen)
+            nonempty |= 1 << (room - size)
+    order = np.array([item for items in bins for item in items], np.int64)
+    return order, np.cumsum([0, *map(len, bins)])
+
+
+def make_rows(split: Split, length: int, layout: str, doc_mask: bool, seed: int | None) -> RowMaker:
+    """Returns the rows of a text in the layout that a config names: packed, padded or bins."""
+    if layout == "packed":
+        return StreamRows(split, length, doc_mask, seed)
+    return PieceRows(split, length, bins=layout == "bins")
+
+
+# -- sources ------------------------------------------------------------------------------------------------------
+
+
+def batch_spec(batch_size: int, length: int, segments: bool) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a text batch [B, T] (jax.ShapeDtypeStruct)."""
+    import jax  # here, so that processes that only tokenize do without it
+
+    kinds = {"tokens": np.int32, "targets": np.int32, "target_weights": np.float32}
+    kinds |= {"segment_ids": np.int32, "positions": np.int32} if segments else {}
+    return {name: jax.ShapeDtypeStruct((batch_size, length), kind) for name, kind in kinds.items()}
+
+
+class TextSource:
+    """Training batches of one text.
+
+    Args:
+      maker: its rows.
+      order: which rows a step reads.
+      seed: of the permutation of every epoch.
+      name: of the text, for errors.
+
+    Raises:
+      UserError: an epoch has fewer rows than a batch.
+    """
+
+    def __init__(self, maker: RowMaker, order: BatchOrder, seed: int, name: str = "the corpus"):
+        if maker.rows_per_epoch < order.batch_size:
+            raise UserError(
+                f"{name} yields {maker.rows_per_epoch} rows of {maker.length} tokens, fewer than one batch of "
+                f"{order.batch_size}; use more text, a smaller batch_size or a shorter context_length."
+            )
+        self.maker, self.order, self.seed = maker, order, seed
+        self.rows_per_epoch = maker.rows_per_epoch
+
+    def spec(self) -> dict[str, Any]:
+        return batch_spec(self.order.batch_size, self.maker.length, has_segments(self.maker))
+
+    def batch_size(self, step: int) -> int:
+        """Rows of the batch of a step."""
+        return self.order.rows_of_batch(self.order.batch_index(step))
+
+    def rows(self, step: int, rows: slice) -> Rows:
+        """Returns rows [start:stop) of the global batch of a step, arrays [stop - start, T]."""
+        return pick(self.maker, self.order.rows(step, rows), self.seed)
+
+
+def has_segments(maker: RowMaker) -> bool:
+    return isinstance(maker, PieceRows) or maker.doc_mask
+
+
+def pick(maker: RowMaker, numbers: np.ndarray, seed: int) -> Rows:
+    """Returns the rows with these numbers, counted over all epochs, each epoch in its own order."""
+    epochs, places = np.divmod(numbers, maker.rows_per_epoch)
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        indices[here] = permute(places[here], maker.rows_per_epoch, mix(seed, epoch, 2))
+    return maker.build(epochs, indices)
+
+
+class ValidSource:
+    """Batches that cover a text once, in its order; the last is filled up with rows of weight 0.
+
+    Every token is predicted exactly once (with an EOT: all tokens and the EOT that ends each document; without: all
+    but the very first).
+
+    Args:
+      split: the text.
+      maker: its rows, unmoved (seed None).
+      rows_per_batch: B.
+      tokenizer: knows how many bytes a token stands for.
+
+    Attributes:
+      num_batches, num_targets: of the whole split.
+      bytes: of the original text whose tokens are targets.
+    """
+
+    def __init__(self, split: Split, maker: RowMaker, rows_per_batch: int, tokenizer: Tokenizer):
+        self.split, self.maker, self._rows = split, maker, rows_per_batch
+        self.rows_per_epoch = maker.rows_per_epoch
+        self.num_batches = -(-maker.rows_per_epoch // rows_per_batch)
+        self._lengths, self._lossless = np.array(tokenizer.byte_lengths, np.int64), tokenizer.lossless
+        self._unk, self._unk_nats = tokenizer.unk, tokenizer.unk_nats
+        self._counted: dict[int, tuple[int, int, int]] = {}
+        missed = 0
+        if split.eot is None:
+            firsts = split.starts if has_segments(maker) else split.starts[:1]
+            missed = int(self._lengths[np.asarray(split.tokens[np.asarray(firsts, np.int64)])].sum())
+        self.bytes = split.num_bytes - missed
+
+    @property
+    def num_targets(self) -> int:
+        return self._count(self.num_batches)[0]
+
+    def spec(self) -> dict[str, Any]:
+        return batch_spec(self._rows, self.maker.length, has_segments(self.maker))
+
+    def batch_size(self, step: int) -> int:
+        return self._rows
+
+    def rows(self, step: int, rows: slice) -> Rows:
+        """Returns rows [start:stop) of batch `step`, arrays [stop - start, T]."""
+        start, stop, _ = rows.indices(self._rows)
+        numbers = step * self._rows + np.arange(start, stop, dtype=np.int64)
+        real = numbers[numbers < self.rows_per_epoch]
+        out = self.maker.build(np.zeros_like(real), real)
+        if self.split.eot is None and isinstance(self.maker, StreamRows):
+            # The stream's first token would be predicted from its last.
+            row, column = divmod(self.split.num_tokens - 1, self.maker.length)
+            out["target_weights"][real == row, column] = 0
+        return {
+            k: np.concatenate([v, np.zeros((len(numbers) - len(real), *v.shape[1:]), v.dtype)]) for k, v in out.items()
+        }
+
+    def bytes_in(self, num_batches: int) -> int:
+        """Returns the bytes of text that the first `num_batches` batches predict.
+
+        Exact for a lossless tokenizer and for the whole split; else in proportion to the targets.
+        """
+        if num_batches >= self.num_batches:
+            return self.bytes
+        if self._lossless:
+            return self._count(num_batches)[1]
+        return round(self.bytes * self._count(num_batches)[0] / max(1, self.num_targets))
+
+    def unk_nats_in(self, num_batches: int) -> float:
+        """Returns what to add to the summed loss of the first batches before vocabularies with <unk> are compared."""
+        return self._count(min(num_batches, self.num_batches))[2] * self._unk_nats if self._unk is not None else 0.0
+
+    def _count(self, num_batches: int) -> tuple[int, int, int]:
+        """Targets, their bytes and how many are <unk>, in the first batches."""
+        if num_batches not in self._counted:
+            targets = size = unknown = 0
+            for step in range(num_batches):
+                batch = self.rows(step, slice(None))
+                found = batch["targets"][batch["target_weights"] > 0]
+                targets += len(found)
+                size += int(self._lengths[found].sum())
+                unknown += int((found == self._unk).sum()) if self._unk is not None else 0
+            self._counted[num_batches] = (targets, size, unknown)
+        return self._counted[num_batches]

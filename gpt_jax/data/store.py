@@ -1,0 +1,199 @@
+"""The token store: per split a ragged array of tokens on disk, with document offsets and a manifest.
+
+    STORE/manifest.json             tokenizer hash, corpus fingerprint, dtype, counts per split, checksums
+    STORE/{train,valid}.tokens      little-endian uint16 or uint32; every document begins with its EOT, if there is one
+    STORE/{train,valid}.starts      little-endian uint64: where each document begins in .tokens
+    STORE/{train,valid}.bytes       little-endian uint64: bytes of the text of each document
+    STORE/tokenizer/                the tokenizer itself
+
+Arrays are reached only through `open_array`, so that another driver (an object store) is one function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from gpt_jax.data.cache import file_sha256
+from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gpt_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SPLITS = ("train", "valid")
+ARRAYS = {"tokens": None, "starts": "<u8", "bytes": "<u8"}  # dtype of tokens: the manifest's
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """The tokens of a split, as one stream: EOT document EOT document ...
+
+    Attributes:
+      tokens: integers [num_tokens], read lazily.
+      starts: where documents begin, ascending [num_documents].
+      num_bytes: bytes of the original text.
+      eot: the id that begins every document, or None.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    num_bytes: int
+    eot: int | None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.starts)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Returns `count` tokens from `start` on, int32, going round at the end of the stream."""
+        size = len(self.tokens)
+        out, at = np.empty(count, np.int32), 0
+        while at < count:
+            first = (start + at) % size
+            part = self.tokens[first : first + count - at]
+            out[at : at + len(part)] = part
+            at += len(part)
+        return out
+
+    def begins(self, start: int, count: int) -> np.ndarray:
+        """Returns which of those positions begin a document, bool [count]."""
+        size = len(self.tokens)
+        out, at = np.zeros(count, bool), 0
+        while at < count:
+            first = (start + at) % size
+            length = min(size - first, count - at)
+            low, high = np.searchsorted(self.starts, (first, first + length))
+            out[np.asarray(self.starts[low:high], np.int64) - first + at] = True
+            at += length
+        return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Store:
+    """An opened token store."""
+
+    path: pathlib.Path
+    manifest: dict[str, Any]
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that hold tokens."""
+        return {name: self.split(name) for name in SPLITS if self.manifest["splits"][name]["tokens"]}
+
+    @functools.cache  # noqa: B019 (a store lives as long as its run)
+    def split(self, name: str) -> Split:
+        dtypes = ARRAYS | {"tokens": self.manifest["dtype"]}
+        entry = self.manifest["splits"][name]
+        tokens, starts = (
+            open_array(self.path / f"{name}.{array}", dtypes[array], entry[size])
+            for array, size in (("tokens", "tokens"), ("starts", "documents"))
+        )
+        return Split(tokens, starts, entry["bytes"], self.manifest["eot"])
+
+    def document_bytes(self, name: str) -> np.ndarray:
+        """Bytes of the text of each document of a split, uint64 [num_documents]."""
+        return open_array(self.path / f"{name}.bytes", "<u8", self.manifest["splits"][name]["documents"])
+
+    def load_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path / "tokenizer")
+
+
+def open_array(path: pathlib.Path, dtype: str, size: int) -> np.ndarray:
+    """Returns an array of `size` items at `path`, read lazily; raises UserError if its length is another."""
+    try:
+        have = path.stat().st_size
+    except OSError:
+        raise UserError(
+            f"the token store is damaged: {path} is missing; delete {path.parent} to build it again."
+        ) from None
+    wanted = size * np.dtype(dtype).itemsize
+    if have != wanted:
+        raise UserError(
+            f"the token store is damaged: {path} has {have} bytes instead of {wanted}; delete {path.parent} to build "
+            "it again."
+        )
+    return np.memmap(path, dtype, "r", shape=(size,)) if size else np.empty(0, dtype)
+
+
+def open_store(path: str | pathlib.Path, tokenizer: Tokenizer | None = None, verify: bool = False) -> Store:
+    """Opens a token store.
+
+    Args:
+      path: its folder.
+      tokenizer: if given, it must be the one that made the store.
+      verify: also compare every file's checksum (reads the whole store).
+
+    Raises:
+      UserError: no store there, another tokenizer's, or damaged (naming the file).
+    """
+    path = pathlib.Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        version, files = manifest["format"], manifest["files"]
+    except FileNotFoundError:
+        raise UserError(f"no token store in {str(path)!r} ({MANIFEST} is missing).") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the token store is damaged: {path / MANIFEST} ({error}); delete {path}.") from None
+    if version != FORMAT:
+        raise UserError(f"the token store {path} has format {version}; this version reads {FORMAT}; delete it.")
+    if tokenizer is not None and tokenizer.hash != manifest["tokenizer"]:
+        raise UserError(
+            f"the token store {path} was made with another tokenizer ({manifest['tokenizer_kind']}, "
+            f"{manifest['tokenizer'][:12]}), not with this one ({tokenizer.kind}, {tokenizer.hash[:12]})."
+        )
+    for name, entry in files.items():
+        file = path / name
+        open_array(file, "u1", entry["size"])
+        if verify and file_sha256(file) != entry["sha256"]:
+            raise UserError(f"the token store is damaged: the checksum of {file} differs; delete {path}.")
+    return Store(path, manifest)
+
+
+def is_store(path: str) -> bool:
+    """Tells whether a data path is a token store's folder."""
+    return (pathlib.Path(path) / MANIFEST).is_file()
+
+
+def is_token_file(path: str) -> bool:
+    """Tells whether a data path is a file of raw uint16 tokens, as nanoGPT writes them."""
+    return path.strip().endswith(".bin")
+
+
+def open_token_file(path: str | pathlib.Path, tokenizer: Tokenizer) -> Split:
+    """Reads nanoGPT's .bin (uint16 tokens, an EOT after each document) in place.
+
+    Its stream is the same as a store's, only begun elsewhere in the circle. The number of bytes is that of the tokens.
+
+    Raises:
+      UserError: missing, empty, or holding an id that the tokenizer has not.
+    """
+    path = pathlib.Path(path)
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise UserError(f"data path {str(path)!r}: no such file.") from None
+    if size == 0 or size % 2:
+        raise UserError(f"{path} has {size} bytes: not a file of uint16 tokens.")
+    tokens = np.memmap(path, "<u2", "r")
+    starts, num_bytes, block = [], 0, 1 << 24
+    for at in range(0, len(tokens), block):
+        part = np.asarray(tokens[at : at + block])
+        if part.max() >= tokenizer.vocab_size:
+            raise UserError(
+                f"{path} holds token {part.max()}, but the tokenizer ({tokenizer.kind}) has {tokenizer.vocab_size}: "
+                "another one made it; set data.tokenizer."
+            )
+        num_bytes += int(tokenizer.byte_lengths[part].sum(dtype=np.int64))
+        if tokenizer.eot is not None:
+            starts.append(np.flatnonzero(part == tokenizer.eot) + at)
+    found = np.concatenate(starts) if starts else np.zeros(1, np.int64)
+    return Split(tokens, found.astype("<u8") if len(found) else np.zeros(1, "<u8"), num_bytes, tokenizer.eot)
