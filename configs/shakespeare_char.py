@@ -11,7 +11,7 @@ def get_config():
     config.model.update(num_layers=4, d_model=128, num_heads=4, bias=False)
     config.data.update(path="$GPT_JAX_DATA/lm/tinyshakespeare.txt.xz", split="tail", valid_fraction=0.1)
     config.data.tokenizer.update(kind="char", vocab_size=0, specials=("eot",))
-    config.optimizer.update(learning_rate=1e-3, b2=0.99, warmup="100")
+    config.optimizer.update(learning_rate=2e-3, b2=0.99, warmup="100")
     config.eval.update(every_steps=500, batch_size=48, max_batches=0)
     config.sample.prompts = ("ROMEO:",)
     return config

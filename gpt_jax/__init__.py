@@ -1,13 +1,13 @@
 """gpt_jax: GPT research in JAX/Flax. Every objective is a plug-in loss of one jitted update.
 
-    from gpt_jax import CausalLM, ModelConfig, Transformer, build_train_step, make_optimizer
+from gpt_jax import CausalLM, ModelConfig, Transformer, build_train_step, make_optimizer
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt_jax.generate import generate as generate
+    from gpt_jax.generation import generate as generate
     from gpt_jax.loading import load as load
     from gpt_jax.model import Mask as Mask
     from gpt_jax.model import ModelConfig as ModelConfig
@@ -34,7 +34,7 @@ _WHERE = {
     "Transformer": "gpt_jax.model",
     "build_eval_step": "gpt_jax.step",
     "build_train_step": "gpt_jax.step",
-    "generate": "gpt_jax.generate",
+    "generate": "gpt_jax.generation",
     "load": "gpt_jax.loading",
     "make_mesh": "gpt_jax.sharding",
     "make_optimizer": "gpt_jax.optim",

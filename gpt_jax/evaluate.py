@@ -58,7 +58,7 @@ def evaluate(
         out[f"{prefix}perplexity"] = math.exp(min(out[name], 700.0))
         out[f"{prefix}tokens"] = float(tokens)
         if name == "nll" and source.bytes:
-            out["bits_per_byte"] = bits_per_byte(float(nll_sum), source.bytes_in(batches))
+            out["bits_per_byte"] = bits_per_byte(float(nll_sum) + source.unk_nats_in(batches), source.bytes_in(batches))
     return out
 
 

@@ -196,7 +196,7 @@ def tracker(config: Config, directory: Workdir) -> Any:
 
 def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:
     """Returns params -> [(prompt, continuation)] for the config's prompts."""
-    from gpt_jax.generate import generate_text
+    from gpt_jax.generation import generate_text
 
     settings, model = run.config.sample, getattr(run.objective, "model", None)
 

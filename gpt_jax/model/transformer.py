@@ -141,7 +141,7 @@ class Transformer(nn.Module):
         """As `__call__`, without the output layer: hidden [B, T, D] and the cache."""
         config = self.config
         B, T = tokens.shape
-        if config.positions == "learned" and T > config.max_positions:
+        if config.positions == "learned" and positions is None and T > config.max_positions:
             raise UserError(f"{T} tokens do not fit the model's {config.max_positions} learned positions.")
         contiguous = positions is None and cache is None
         if cache is not None:
