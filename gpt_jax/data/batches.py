@@ -1,4 +1,4 @@
-"""Closed forms from the step to the rows of its batch, and the rows of a text.
+"""Closed forms from the step to the rows of its batch.
 
     step -> batch index (skipped ranges jumped over) -> first row (batch sizes summed) -> (epoch, i) -> permutation of i
 
@@ -10,70 +10,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from gpt_jax.data.permutation import mix, permute
+from gpt_jax.data.rows import PieceRows, RowMaker, Rows, StreamRows
 from gpt_jax.data.store import Split
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError
-
-Rows = dict[str, np.ndarray]
-_MASK = (1 << 64) - 1
-
-
-# -- a stateless permutation --------------------------------------------------------------------------------------
-
-
-def mix(*values: int) -> int:
-    """Returns a 64-bit hash of integers (SplitMix64's finalizer; Steele et al. 2014)."""
-    state = 0x9E3779B97F4A7C15
-    for value in values:
-        state = (state + (value & _MASK) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
-
-
-def permute(index: np.ndarray | int, size: int, seed: int) -> np.ndarray:
-    """Returns the images of `index` under a pseudo-random permutation of range(size), without making it.
-
-    A balanced Feistel network on the next even number of bits, walked until it lands in the range (Black and Rogaway,
-    Ciphers with Arbitrary Finite Domains, 2002): a bijection for every size and seed.
-
-    Args:
-      index: integers in [0, size), any shape.
-      size: at least 1.
-      seed: chooses the permutation.
-    """
-    index = np.asarray(index, np.int64)
-    if index.size and not (0 <= index.min() and index.max() < size):
-        raise IndexError(f"index out of range({size})")
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    keys = [np.uint64(mix(seed, half, r)) for r in range(6)]
-
-    def network(x: np.ndarray) -> np.ndarray:
-        left, right = x >> np.uint64(half), x & low
-        for key in keys:
-            y = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
-            y ^= y >> np.uint64(32)
-            y *= np.uint64(0x94D049BB133111EB)
-            y ^= y >> np.uint64(29)
-            left, right = right, left ^ (y & low)
-        return (left << np.uint64(half)) | right
-
-    with np.errstate(over="ignore"):
-        out = network(index.astype(np.uint64).ravel())
-        outside = np.flatnonzero(out >= size)
-        while outside.size:
-            out[outside] = network(out[outside])
-            outside = outside[out[outside] >= size]
-    return out.astype(np.int64).reshape(index.shape)
-
-
-# -- from the step to rows ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,162 +116,6 @@ def resolve_batch_schedule(
         if index > start:
             out.append((index, rows))
     return tuple(out)
-
-
-# -- rows of a text -----------------------------------------------------------------------------------------------
-
-
-class RowMaker(Protocol):
-    """Rows of one text. Row i of an epoch is the same whatever order it is read in."""
-
-    rows_per_epoch: int
-
-    def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
-        """Returns rows `indices` [n] of `epochs` [n] as arrays [n, T]."""
-        ...
-
-
-class StreamRows:
-    """Rows cut from one long stream EOT document EOT document ..., which is a circle.
-
-    Row i of epoch e is T tokens from (offset(e) + i T) on; each predicts the one after it. So every token is a target
-    exactly once in an epoch; the last row goes round to where the first began, and those targets have weight 0.
-
-    With doc_mask, `segment_ids` number the documents of a row from 1 and `positions` restart at 0 with each and at the
-    beginning of the row. The EOT that begins a document is also the end of the one before: it is predicted inside that
-    one, by its last token, and is then the first token of its own. So no target crosses a boundary, all weights are
-    1, and a packed document gives what it gives alone (EOT document -> document EOT). Without an EOT in the vocabulary
-    the first token of a document would be predicted across the boundary: weight 0.
-
-    Args:
-      split: the text.
-      length: T, tokens of a row.
-      doc_mask: add segment_ids and positions.
-      seed: of the offsets; None keeps them 0.
-    """
-
-    def __init__(self, split: Split, length: int, doc_mask: bool = False, seed: int | None = None):
-        self.split, self.length, self.doc_mask, self.seed = split, length, doc_mask, seed
-        self.rows_per_epoch = -(-split.num_tokens // length)
-
-    def offset(self, epoch: int) -> int:
-        """Returns where epoch's first row begins."""
-        return 0 if self.seed is None else mix(self.seed, epoch, 1) % self.split.num_tokens
-
-    def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
-        n, length, size = len(indices), self.length, self.split.num_tokens
-        both = np.empty((n, length + 1), np.int32)
-        weights = np.ones((n, length), np.float32)
-        begins = np.zeros((n, length + 1), bool)
-        for row, (epoch, i) in enumerate(zip(epochs.tolist(), indices.tolist(), strict=True)):
-            start = (self.offset(epoch) + i * length) % size
-            both[row] = self.split.read(start, length + 1)
-            weights[row, max(0, size - i * length) :] = 0
-            if self.doc_mask:
-                begins[row] = self.split.begins(start, length + 1)
-        out = {"tokens": both[:, :-1], "targets": both[:, 1:], "target_weights": weights}
-        if self.doc_mask:
-            if self.split.eot is None:
-                weights[begins[:, 1:]] = 0
-            out |= _segments(begins[:, :-1])
-        return out
-
-
-def _segments(begins: np.ndarray) -> Rows:
-    """Returns segment_ids and positions [n, T] of rows whose documents begin where `begins` [n, T] is true."""
-    begins = begins.copy()
-    begins[:, 0] = True
-    at = np.arange(begins.shape[1], dtype=np.int32)
-    first = np.maximum.accumulate(np.where(begins, at, 0), axis=1)
-    return {"segment_ids": np.cumsum(begins, axis=1, dtype=np.int32), "positions": (at - first).astype(np.int32)}
-
-
-class PieceRows:
-    """Rows that hold whole documents: one each, or as many as fit.
-
-    Documents longer than T are cut into pieces of T tokens. A piece gives what it gives alone (see StreamRows); the
-    rest of its row is padding: segment 0, weight 0, token 0.
-
-    Args:
-      split: the text.
-      length: T.
-      bins: False: a row per piece. True: pieces are packed best-fit-decreasing, once for all epochs.
-    """
-
-    def __init__(self, split: Split, length: int, bins: bool = False):
-        self.split, self.length = split, length
-        starts = np.asarray(split.starts, np.int64)
-        sizes = np.diff(np.append(starts, split.num_tokens + starts[0]))  # the last may go round the circle
-        pieces = -(-sizes // length)
-        document = np.repeat(np.arange(len(starts)), pieces)
-        rank = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        self._starts = starts[document] + rank * length
-        self._sizes = np.minimum(length, sizes[document] - rank * length)
-        if bins:
-            self._order, self._bounds = best_fit(self._sizes, length)
-        else:
-            self._order, self._bounds = np.arange(len(document)), np.arange(len(document) + 1)
-        self.rows_per_epoch = len(self._bounds) - 1
-
-    def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
-        n, length = len(indices), self.length
-        out = {k: np.zeros((n, length), np.int32) for k in ("tokens", "targets", "segment_ids", "positions")}
-        out["target_weights"] = np.zeros((n, length), np.float32)
-        for row, i in enumerate(indices.tolist()):
-            at = 0
-            for segment, piece in enumerate(self._order[self._bounds[i] : self._bounds[i + 1]].tolist(), 1):
-                start, size = int(self._starts[piece]), int(self._sizes[piece])
-                part, both = slice(at, at + size), self.split.read(start, size + 1)
-                out["tokens"][row, part], out["targets"][row, part] = both[:-1], both[1:]
-                out["segment_ids"][row, part] = segment
-                out["positions"][row, part] = np.arange(size)
-                out["target_weights"][row, part] = 1
-                if self.split.eot is None and self.split.begins(start + size, 1)[0]:
-                    out["target_weights"][row, at + size - 1] = 0
-                at += size
-        return out
-
-
-def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Packs items into bins, largest first, each into the fullest bin that has room (best fit decreasing).
-
-    Args:
-      sizes: in [1, capacity], [n].
-      capacity: of a bin.
-
-    Returns:
-      (order [n], bounds [bins + 1]): bin b holds items order[bounds[b]:bounds[b + 1]].
-    """
-    free: list[list[int]] = [[] for _ in range(capacity + 1)]  # free[r]: bins with room r
-    nonempty = 0  # bit r is set if free[r] is not empty
-    bins: list[list[int]] = []
-    for item in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[item])
-        fits = nonempty >> size
-        if fits:
-            room = size + (fits & -fits).bit_length() - 1
-            chosen = free[room].pop()
-            if not free[room]:
-                nonempty &= ~(1 << room)
-        else:
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        bins[chosen].append(item)
-        if room > size:
-            free[room - size].append(chosen)
-            nonempty |= 1 << (room - size)
-    order = np.array([item for items in bins for item in items], np.int64)
-    return order, np.cumsum([0, *map(len, bins)])
-
-
-def make_rows(split: Split, length: int, layout: str, doc_mask: bool, seed: int | None) -> RowMaker:
-    """Returns the rows of a text in the layout that a config names: packed, padded or bins."""
-    if layout == "packed":
-        return StreamRows(split, length, doc_mask, seed)
-    return PieceRows(split, length, bins=layout == "bins")
-
-
-# -- sources ------------------------------------------------------------------------------------------------------
 
 
 def batch_spec(batch_size: int, length: int, segments: bool) -> dict[str, Any]:

@@ -1,113 +1,147 @@
-"""The command `gpt-jax data`: prepares tokenizer and token store, shows statistics and training rows."""
+"""`gpt-jax data`: prepare the data of a config, say what it is, and show training rows."""
 
 from __future__ import annotations
 
+import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import numpy as np
 
-from gpt_jax.data.baselines import baselines, describe
+from gpt_jax.data.baselines import token_counts
 from gpt_jax.data.prepare import Data, prepare_data
+from gpt_jax.data.texts import Log
+from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.data.vocabulary import coverage_of_counts
 
-_COLOURS = {"full": "", "part": "\033[33m", "none": "\033[90m", "special": "\033[36m", "end": "\033[0m"}
+_TOP = (100, 1000, 10_000)
 
 
 def run_data(
-    data_config: Any,
+    data: Any,
     *,
     context_length: int,
     batch_size: int,
     seed: int,
     show: int = 0,
-    log: Callable[[str], None] = print,
+    cache_dir: str | pathlib.Path | None = None,
+    log: Log | None = print,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
-    """Prepares the data of a config and prints what it is.
+    """Trains the tokenizer, builds the stores, prints statistics and `show` training rows.
 
     Args:
-      data_config: a DataConfig. context_length, batch_size, seed: as in training.
-      show: training rows to print. log: takes lines for people. stream: where rows go (coloured on a terminal).
+      data: a DataConfig; the others as `prepare_data`.
+      show: rows of the first batches to print.
+      stream: where to print; standard output if None.
 
     Returns:
-      Statistics, JSON-able.
+      The statistics, JSON-able: what the command prints as its last line.
     """
-    data = prepare_data(data_config, context_length=context_length, batch_size=batch_size, seed=seed, log=log)
-    stats = statistics(data)
-    for split in ("train", "valid"):
-        if data.tokens.get(split):
-            log(
-                f"{split.ljust(6)} {data.documents[split]:>9,} documents {data.bytes[split]:>14,} bytes "
-                f"{data.tokens[split]:>13,} tokens  {stats[f'{split}_bytes_per_token']:.3f} bytes/token"
-            )
-    log(
-        f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind}), of which {stats['tokens_used']:,} occur; "
-        f"specials: {', '.join(data.tokenizer.specials) or 'none'}"
+    stream = stream or sys.stdout
+    prepared = prepare_data(
+        data, context_length=context_length, batch_size=batch_size, seed=seed, cache_dir=cache_dir, log=log
     )
-    log(f"validation text in bits per byte: {describe(stats['baselines']) or 'none held out'}")
-    out = stream or sys.stdout
+    report = statistics(prepared)
+    print(table(report), file=stream)
     if show:
-        batch = data.train.rows(0, slice(0, min(show, data.train.batch_size(0))))
-        for row in range(len(batch["tokens"])):
-            print(show_row(data, {k: v[row] for k, v in batch.items()}, colour=out.isatty()), file=out)
-    return stats
+        print_rows(prepared, show, stream)
+    return report
 
 
 def statistics(data: Data) -> dict[str, Any]:
-    """Returns documents, bytes, tokens, bytes per token, vocabulary in use, coverage and baselines."""
-    used = np.zeros(data.tokenizer.vocab_size, bool)
+    """Returns vocabulary, corpora and, per split, documents, bytes, tokens, bytes per token and coverage."""
+    splits = {}
     for name, split in data.splits.items():
-        if name.rpartition("/")[2] == "train":
-            for start in range(0, split.num_tokens, 1 << 20):
-                used[np.unique(split.read(start, min(1 << 20, split.num_tokens - start)))] = True
-    stats: dict[str, Any] = {
-        "vocab_size": data.tokenizer.vocab_size,
-        "tokens_used": int(used.sum()),
-        "baselines": baselines(data),
-        **data.info,
-    }
-    for split in ("train", "valid"):
-        if data.tokens.get(split):
-            stats[f"{split}_bytes_per_token"] = data.bytes[split] / data.tokens[split]
-    return stats
+        counts = token_counts(split, data.tokenizer.vocab_size)
+        splits[name] = {
+            "documents": split.num_documents,
+            "eots": int(counts[data.tokenizer.eot]) if data.tokenizer.eot is not None else 0,
+            **coverage_of_counts(data.tokenizer, counts, split.num_bytes, [k for k in _TOP if k < len(counts)]),
+        }
+    return {**data.info, "rows_per_epoch": data.train.rows_per_epoch, "splits": splits}
 
 
-def show_row(data: Data, row: dict[str, np.ndarray], colour: bool) -> str:
-    """Returns a training row as text: targets by their loss weight, documents' ends visible.
+def table(report: dict[str, Any]) -> str:
+    """Returns the statistics for people."""
+    tokenizer = report["tokenizer"]
+    lines = [f"tokenizer    {tokenizer['kind']}, {tokenizer['vocab_size']} tokens, {tokenizer['hash'][:12]}"]
+    for name, text in report["texts"].items():
+        corpus = text.get("corpus", {})
+        what = corpus if isinstance(corpus, str) else corpus.get("corpus", "tokens")
+        lines.append(f"text         {name}: {what}, in {text.get('store') or text.get('tokens_file')}")
+    head = f"{'split':<20}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}{'covered':>10}{'used':>8}"
+    lines += ["", head]
+    for name, s in report["splits"].items():
+        lines.append(
+            f"{name:<20}{s['documents']:>12,}{s['bytes']:>16,}{s['tokens']:>16,}{s['bytes_per_token']:>13.3f}"
+            f"{s['covered']:>10.4%}{s['used']:>8,}"
+        )
+        if "unk" in s:
+            lines.append(f"{'':<20}{s['unk']:>12,} <unk>, each worth {s['unk_nats']:.3f} nats more")
+    for k in next(iter(report["splits"].values()))["top"]:
+        parts = ", ".join(f"{name} {s['top'][k]:.2%}" for name, s in report["splits"].items())
+        lines.append(f"the {k:,} most frequent tokens are: {parts}")
+    lines.append(f"rows of an epoch: {report['rows_per_epoch']:,}")
+    return "\n".join(lines)
 
-    On a terminal: plain is weight 1, yellow a part, grey 0; special tokens cyan. Otherwise tokens of weight 0 stand in
-    [brackets]. A bar marks where a new document begins.
+
+def print_rows(data: Data, count: int, stream: TextIO) -> None:
+    """Prints the first `count` training rows as they reach the model.
+
+    A token is green if it is predicted with weight 1, yellow with another weight, red if it is not predicted (weight
+    0), and the row's first token, which nothing in the row predicts, is dim; padding is left out and counted. Documents begin
+    on a new line with their number in the row. Without a terminal, tokens of weight 0 stand in [brackets].
     """
-    pieces = _grouped(data, row)
-    weights = row["target_weights"]
-    title = f"--- {int((weights > 0).sum())} of {len(weights)} targets count"
-    if "segment_ids" in row:
-        title += f", {len(set(row['segment_ids'].tolist()) - {0})} documents"
-    body = "".join(_paint(text, kind, colour) for text, kind in pieces)
-    return f"{title}\n{body}"
+    colour = stream.isatty()
+    step = shown = 0
+    while shown < count:
+        batch = data.train.rows(step, slice(0, min(count - shown, data.train.batch_size(step))))
+        for row in range(len(batch["tokens"])):
+            print(f"\n--- step {step}, row {row} " + "-" * 60, file=stream)
+            print(format_row({k: v[row] for k, v in batch.items()}, data.tokenizer, colour), file=stream)
+        shown += len(batch["tokens"])
+        step += 1
 
 
-def _grouped(data: Data, row: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    """Joins neighbouring targets of one kind, so that characters of several tokens decode whole."""
-    specials = set(data.tokenizer.specials.values())
-    groups: list[tuple[list[int], str]] = []
-    for token, weight in zip(row["targets"].tolist(), row["target_weights"].tolist(), strict=True):
-        kind = "special" if token in specials else "full" if weight == 1 else "none" if weight == 0 else "part"
-        if groups and groups[-1][1] == kind:
-            groups[-1][0].append(token)
+def format_row(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -> str:
+    """Returns a row [T] as text; see `print_rows`."""
+    length = len(row["tokens"])
+    segments = row.get("segment_ids")
+    if segments is None:  # documents are visible by their EOT alone
+        segments = 1 + np.cumsum(row["tokens"] == tokenizer.eot) if tokenizer.eot is not None else np.ones(length, int)
+        segments -= segments[0] - 1
+    used = int((segments > 0).sum())
+    # The weight that token t was predicted with is that of target t - 1, if that is token t.
+    predicted = row["targets"][: used - 1] == row["tokens"][1:used]
+    weights: list[float | None] = [None]
+    weights += [w if p else None for w, p in zip(row["target_weights"].tolist(), predicted.tolist(), strict=False)]
+    out: list[str] = []
+    start = 0
+    while start < used:
+        same_document = segments[start:used] == segments[start]
+        end = start + int(same_document.argmin()) if not same_document.all() else used
+        out.append(f"[{segments[start]}] " + _runs(row["tokens"][start:end], weights[start:end], tokenizer, colour))
+        start = end
+    last = row["targets"][used - 1]
+    tail = f"-> {tokenizer.decode([last], specials='show')!r} (weight {row['target_weights'][used - 1]:g})"
+    if used < length:
+        tail += f", {length - used} padding"
+    return "\n".join([*out, tail])
+
+
+def _runs(tokens: np.ndarray, weights: Sequence[float | None], tokenizer: Tokenizer, colour: bool) -> str:
+    """Joins tokens of equal weight, so that characters spelled in several tokens stay whole."""
+    out, start = [], 0
+    for end in range(1, len(tokens) + 1):
+        if end < len(tokens) and weights[end] == weights[start]:
+            continue
+        text, weight = tokenizer.decode(tokens[start:end], specials="show"), weights[start]
+        if colour:
+            code = "2" if weight is None else "31" if weight == 0 else "32" if weight == 1 else "33"
+            out.append(f"\x1b[{code}m{text}\x1b[0m")
         else:
-            groups.append(([token], kind))
-    return [(_text(data, ids, kind), kind) for ids, kind in groups]
-
-
-def _text(data: Data, ids: Sequence[int], kind: str) -> str:
-    if kind != "special":
-        return data.tokenizer.decode(ids)
-    return data.tokenizer.decode(ids, specials="show") + "\n|"
-
-
-def _paint(text: str, kind: str, colour: bool) -> str:
-    if colour:
-        return f"{_COLOURS[kind]}{text}{_COLOURS['end']}"
-    return f"[{text}]" if kind == "none" else text
+            out.append(f"[{text}]" if weight == 0 else text)
+        start = end
+    return "".join(out)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.data.batches import BatchOrder, RowMaker, Rows, batch_spec, has_segments, mix, permute, pick
+from gpt_jax.data.batches import BatchOrder, batch_spec, has_segments, pick
+from gpt_jax.data.permutation import mix, permute
+from gpt_jax.data.rows import RowMaker, Rows
 from gpt_jax.errors import UserError
 
 LARGEST_BLOCK = 10_000

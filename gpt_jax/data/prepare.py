@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt_jax.data import cache
-from gpt_jax.data.batches import BatchOrder, TextSource, ValidSource, make_rows, mix
+from gpt_jax.data.batches import BatchOrder, TextSource, ValidSource
 from gpt_jax.data.build import build_store
 from gpt_jax.data.mixture import MixtureSource
+from gpt_jax.data.permutation import mix
 from gpt_jax.data.readers import Progress, expand_variables
+from gpt_jax.data.rows import make_rows
 from gpt_jax.data.store import Split, is_store, is_token_file, open_store, open_token_file
 from gpt_jax.data.texts import Corpora, Log, Text, texts_of
 from gpt_jax.data.tokenizer import Tokenizer
