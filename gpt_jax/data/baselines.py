@@ -19,12 +19,11 @@ _XZ_BYTES = 16 << 20  # xz -9e takes about a second per 2 MB
 def baselines(data: Any) -> dict[str, float]:
     """Returns {'xz_bits_per_byte', 'unigram_bits_per_byte'} of a prepared Data's validation text.
 
-    xz is `xz -9e` on the validation text alone, documents joined by line breaks (its first 16 MB). The unigram model
+    xz is `xz -9e` on the validation text alone, documents joined by nothing (its first 16 MB). The unigram model
     is add-one token frequencies of the training text, EOTs included, as for a trained model. {} if nothing is held out;
     no xz figure where <unk> has lost the text.
     """
-    train = [split for name, split in data.splits.items() if name.endswith("train")]
-    valid = [split for name, split in data.splits.items() if name.endswith("valid")]
+    train, valid = ([s for name, s in data.splits.items() if name.rpartition("/")[2] == w] for w in ("train", "valid"))
     if not valid:
         return {}
     out = {}
@@ -52,7 +51,7 @@ def xz_bits_per_byte(texts: Iterable[bytes], limit: int = _XZ_BYTES) -> float:
         size += len(text)
         if size >= limit:
             break
-    return len(lzma.compress(b"\n".join(parts), preset=9 | lzma.PRESET_EXTREME)) * 8 / size
+    return len(lzma.compress(b"".join(parts), preset=9 | lzma.PRESET_EXTREME)) * 8 / size
 
 
 def token_counts(split: Split, vocab_size: int) -> np.ndarray:
@@ -67,3 +66,8 @@ def unigram_nll(train: np.ndarray, valid: np.ndarray) -> float:
     """Returns the summed loss, in nats, of tokens counted in `valid` under add-one frequencies of `train` [V]."""
     log_p = np.log(train + 1.0) - math.log(train.sum() + len(train))
     return float(-(valid * log_p).sum())
+
+
+def describe(values: dict[str, float]) -> str:
+    """Returns the baselines as one line: 'xz 2.512, unigram 2.635'."""
+    return ", ".join(f"{name.removesuffix('_bits_per_byte')} {value:.3f}" for name, value in values.items())

@@ -94,6 +94,8 @@ def resolve_batch_schedule(
     """
     out: list[tuple[int, int]] = []
     for until, rows in schedule:
+        if not 1 <= rows <= batch_size:
+            raise UserError(f"batch_schedule has {rows} sequences; allowed: 1 to batch_size ({batch_size}).")
         start = out[-1][0] if out else 0
         before = BatchOrder(rows, tuple(out)).first_row(start) * context_length
         text = str(until).strip().lower()
@@ -111,8 +113,6 @@ def resolve_batch_schedule(
             index = start + max(0, round((tokens - before) / (rows * context_length)))
         if index < start:
             raise UserError(f"batch_schedule: {until!r} comes before the entry above it.")
-        if not 1 <= rows <= batch_size:
-            raise UserError(f"batch_schedule has {rows} sequences; allowed: 1 to batch_size ({batch_size}).")
         if index > start:
             out.append((index, rows))
     return tuple(out)

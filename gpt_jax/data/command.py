@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from gpt_jax.data.baselines import token_counts
+from gpt_jax.data.baselines import baselines, describe, token_counts
 from gpt_jax.data.prepare import Data, prepare_data
 from gpt_jax.data.texts import Log
 from gpt_jax.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def run_data(
 
 
 def statistics(data: Data) -> dict[str, Any]:
-    """Returns vocabulary, corpora and, per split, documents, bytes, tokens, bytes per token and coverage."""
+    """Returns vocabulary, corpora, baselines and, per split, documents, bytes, tokens, bytes per token and coverage."""
     splits = {}
     for name, split in data.splits.items():
         counts = token_counts(split, data.tokenizer.vocab_size)
@@ -60,7 +60,12 @@ def statistics(data: Data) -> dict[str, Any]:
             "eots": int(counts[data.tokenizer.eot]) if data.tokenizer.eot is not None else 0,
             **coverage_of_counts(data.tokenizer, counts, split.num_bytes, [k for k in _TOP if k < len(counts)]),
         }
-    return {**data.info, "rows_per_epoch": data.train.rows_per_epoch, "splits": splits}
+    return {
+        **data.info,
+        "rows_per_epoch": data.train.rows_per_epoch,
+        "splits": splits,
+        "baselines": baselines(data),
+    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -84,6 +89,7 @@ def table(report: dict[str, Any]) -> str:
         parts = ", ".join(f"{name} {s['top'][k]:.2%}" for name, s in report["splits"].items())
         lines.append(f"the {k:,} most frequent tokens are: {parts}")
     lines.append(f"rows of an epoch: {report['rows_per_epoch']:,}")
+    lines.append(f"validation text in bits per byte: {describe(report['baselines']) or 'none held out'}")
     return "\n".join(lines)
 
 
@@ -91,8 +97,9 @@ def print_rows(data: Data, count: int, stream: TextIO) -> None:
     """Prints the first `count` training rows as they reach the model.
 
     A token is green if it is predicted with weight 1, yellow with another weight, red if it is not predicted (weight
-    0), and the row's first token, which nothing in the row predicts, is dim; padding is left out and counted. Documents begin
-    on a new line with their number in the row. Without a terminal, tokens of weight 0 stand in [brackets].
+    0), and the row's first token, which nothing in the row predicts, is dim; padding is left out and counted.
+    Documents begin on a new line with their number in the row. Without a terminal, tokens of weight 0 stand in
+    [brackets].
     """
     colour = stream.isatty()
     step = shown = 0
