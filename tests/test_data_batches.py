@@ -273,9 +273,6 @@ def test_validation_covers_every_token_once_and_pads_the_last_batch_with_weight_
         maker = PieceRows(split, 12, layout == "bins")
     else:
         maker = StreamRows(split, 12, layout == "doc_mask")
-        if layout in ("padded", "bins")
-        else StreamRows(split, 12, layout != "packed")
-    )
     source = ValidSource(split, maker, rows_per_batch, ByteTokenizer(["eot"]))
     batches = [source.rows(s, slice(None)) for s in range(source.num_batches)]
     assert all(len(b["tokens"]) == rows_per_batch for b in batches)
