@@ -87,6 +87,16 @@ def test_flushed_rows_survive_kill_9(path):
     assert [row["step"] for row in read_rows(path)] == [1, 2]
 
 
+def test_flush_puts_the_row_on_the_disk(path, monkeypatch):
+    synced, fsync = [], os.fsync
+    with MetricsWriter(path) as writer:
+        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(path.read_text()), fsync(file)))
+        writer.add(1, {"a": 1.0})
+        assert not synced
+        writer.flush()
+        assert synced[-1] == format_row(1, {"a": 1.0})
+
+
 def test_resume_cuts_a_torn_line_and_later_rows_and_keeps_the_bytes_of_the_rest(path):
     lines = [format_row(s, {"train/loss": 1 / s, "note": 0.1 * s}) for s in range(1, 8)]
     whole = "".join(lines)
@@ -146,6 +156,7 @@ def test_columns_and_z_scores_are_the_same_after_a_resume(path):
     zs = {}
     for s, row in rows.items():
         straight.add(s, row)
+        assert straight.zscore("train/loss") == zscore([rows[t]["train/loss"] for t in range(1, s + 1)])
         zs[s] = straight.zscore("train/loss"), straight.zscore("train/grad_norm")
     straight.close()
     for at in (0, 10, 137, 250, 300):
@@ -181,6 +192,10 @@ def test_other_processes_write_nothing(path):
         writer.add(1, {"valid/loss": 2.0})
         assert writer.column("valid/loss") == {1: 2.0}
     assert not path.exists()
+    path.write_text(format_row(1, {"valid/loss": 2.0}) + format_row(2, {"valid/loss": 1.0}))
+    with MetricsWriter(path, writes=False, resume_step=1) as writer:
+        assert writer.column("valid/loss") == {1: 2.0}
+    assert len(read_rows(path)) == 2
 
 
 def test_tensorboard_gets_every_value_and_purges_what_a_resume_repeats(path, tmp_path):
@@ -334,10 +349,10 @@ def test_a_bar_only_on_a_terminal():
 
     terminal = Terminal()
     with Console(10, stream=terminal) as console:
-        console.show("step 00001/00010 | " + "x" * 150)
+        console.show("[bold] 00001/00010 | " + "x" * 150)
         console.progress(5)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-    assert "step 00001/00010 | " + "x" * 150 in shown and "5/10" in shown
+    assert "[bold] 00001/00010 | " + "x" * 150 in shown and "5/10" in shown
 
 
 def test_quiet_processes_print_nothing():

@@ -136,6 +136,7 @@ def test_environment_names_commit_and_keeps_the_uncommitted_diff(tmp_path, monke
         return done.stdout.strip()
 
     git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "none of the package")
     monkeypatch.setattr(workdir, "__file__", str(package / "workdir.py"))
     assert workdir.code_version() == {}  # the package is not part of the repository
     git("add", ".")
