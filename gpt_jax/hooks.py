@@ -62,7 +62,7 @@ class Log:
             ms=milliseconds,
             tokens_per_s=perf.get("perf/tokens_per_s"),
             mfu=perf.get("perf/mfu"),
-            eta=(self.steps - step) * milliseconds / 1000 if milliseconds else None,
+            eta=self.clock.eta(self.steps),
         )
 
 

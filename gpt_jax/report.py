@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def write_report(
         "## Final evaluation",
         evaluation_table(evaluation or {}, baselines or {}) or "Not evaluated.",
         "## Training",
-        _training(config, rows, tokens, environment),
+        _training(config, rows, tokens, {0, *(e["step"] for e in run.history() if e["event"] == "resume")}),
         "## Samples",
         _samples(run),
         "## Data",
@@ -172,8 +172,10 @@ def _summary(config: Any, rows: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
-def _training(config: Any, rows: Sequence[Mapping[str, Any]], tokens: int, environment: Mapping[str, Any]) -> str:
-    settled = [row for row in rows if "perf/tokens_per_s" in row][1:]  # the first step compiles
+def _training(config: Any, rows: Sequence[Mapping[str, Any]], tokens: int, starts: Iterable[int]) -> str:
+    timed = [row for row in rows if "perf/tokens_per_s" in row]
+    compiling = {next((row["step"] for row in timed if row["step"] > start), None) for start in starts}
+    settled = [row for row in timed if row["step"] not in compiling]
 
     def median(name: str) -> float | None:
         values = [row[name] for row in settled if math.isfinite(row.get(name, math.nan))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,9 @@ def total_peak(devices: list[jax.Device]) -> float | None:
 class Clock:
     """Measures steps: the time from one `tick` to the next, without what passed inside `pause`.
 
+    What it returns is the mean over the last 8 ticks: where steps run ahead of the ticks, one tick may hold the time
+    of two and the next none. The first tick, which compiles, stands alone.
+
     Args:
       flops_per_token: of the model, see `model_flops_per_token`.
       peak: FLOP/s of all devices together; None leaves MFU out.
@@ -80,6 +84,7 @@ class Clock:
         self._flops_per_token, self._peak, self._now = flops_per_token, peak, now
         self._last = now()
         self._paused = 0.0
+        self._recent: collections.deque[tuple[float, int, float, int]] = collections.deque(maxlen=8)
         self._first: tuple[int, float] | None = None
         self._latest: tuple[int, float] | None = None
 
@@ -96,15 +101,21 @@ class Clock:
           perf/step_ms, perf/tokens_per_s, perf/stall (fraction of the time) and, if the peak is known, perf/mfu.
         """
         now = self._now()
-        seconds = max(now - self._last - self._paused, 1e-9)
+        window = [(now - self._last - self._paused, tokens, stall_seconds, steps)]
         self._last, self._paused = now, 0.0
-        self._first = self._first or (step, now)  # the first step compiles: it says nothing of those to come
+        if self._first is None:
+            self._first = (step, now)
+        else:
+            self._recent.append(window[0])
+            window = list(self._recent)
         self._latest = (step, now)
+        seconds, tokens, stall, steps = (sum(column) for column in zip(*window, strict=True))
+        seconds = max(seconds, 1e-9)
         rate = tokens / seconds
         values = {
             "perf/step_ms": 1e3 * seconds / steps,
             "perf/tokens_per_s": rate,
-            "perf/stall": min(stall_seconds / seconds, 1.0),
+            "perf/stall": min(stall / seconds, 1.0),
         }
         if self._peak:
             values["perf/mfu"] = rate * self._flops_per_token / self._peak

@@ -272,7 +272,11 @@ def test_clock_measures_steps_without_pauses():
     assert values == {"perf/step_ms": 500.0, "perf/tokens_per_s": 2000.0, "perf/stall": 0.2, "perf/mfu": 1.0}
     assert clock.eta(10) == pytest.approx(60.5 * 8)  # at the pace since the first tick, pauses included
     time.now += 1.0
-    assert clock.tick(6, tokens=4000, steps=4)["perf/step_ms"] == 250.0
+    assert clock.tick(6, tokens=4000, steps=4)["perf/step_ms"] == 1500.0 / 5  # the mean of ticks since the first
+    for step in range(7, 15):
+        time.now += 0.25 if step % 2 else 0.0  # a tick that holds two steps, then one that holds none
+        values = clock.tick(step, tokens=500)
+    assert values["perf/step_ms"] == 125.0 and values["perf/tokens_per_s"] == 4000.0
 
 
 def test_mfu_is_left_out_where_the_peak_is_not_known():

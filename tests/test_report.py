@@ -28,13 +28,14 @@ def run(tmp_path):
         workdir.write_config(configs.to_dict(config))
         workdir.write_environment({"corpus": "python_docs", "sha256": "feedbeef", "bytes": 123})
         workdir.add_history("start", 0)
+        workdir.add_history("resume", 30)
         workdir.add_history("change", 30, changes={"optimizer.learning_rate": [0.1, 0.2]})
         workdir.write_sample(20, "old sample")
         workdir.write_sample(40, "the newest ``` sample")
         with MetricsWriter(workdir.metrics_path) as writer:
             for step in range(1, 41):
                 perf = {"perf/tokens_per_s": 1000.0, "perf/step_ms": 10.0, "perf/stall": 0.25}
-                if step == 1:  # compiles
+                if step in (1, 31):  # compiles
                     perf = {"perf/tokens_per_s": 1.0, "perf/step_ms": 1e5, "perf/stall": 0.0}
                 writer.add(step, {"train/loss": 4.0 / step} | perf)
                 if step % 10 == 0:
