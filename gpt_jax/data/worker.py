@@ -6,6 +6,7 @@ process that started it. Being a program of its own, it neither imports nor re-r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import subprocess
@@ -52,13 +53,17 @@ class Worker:
         try:
             _send(self._process.stdin, np.array([len(d) for d in data], "<i8").tobytes())
             _send(self._process.stdin, b"".join(data))
+            problem = _receive(self._process.stdout)
+            if problem:
+                raise UserError(problem.decode("utf-8"))
             return np.frombuffer(_receive(self._process.stdout), "<i8"), _receive(self._process.stdout)
         except (EOFError, BrokenPipeError):
             code = self._process.wait()
             raise RuntimeError(f"a tokenizing process ended with exit code {code}") from None
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
 
@@ -92,7 +97,12 @@ def main(argv: Sequence[str]) -> int:
             return 0
         ends = np.cumsum(sizes)
         texts = [data[end - size : end].decode("utf-8") for end, size in zip(ends, sizes, strict=True)]
-        lengths, tokens = encode_chunk(tokenizer, texts, dtype)
+        try:
+            lengths, tokens = encode_chunk(tokenizer, texts, dtype)
+        except UserError as error:
+            _send(sink, str(error).encode("utf-8"))
+            continue
+        _send(sink, b"")
         _send(sink, lengths.tobytes())
         _send(sink, tokens)
 
