@@ -7,6 +7,7 @@ are grouped by regexes over their names (first match wins): weight decay, learni
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ class Optimizer:
 
 def parse_length(text: str, steps: int, what: str) -> tuple[str, float]:
     """Reads '200' (steps), '375Mtok' (tokens) or '5%' (of the run's steps) as ('steps' | 'tokens', amount)."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(%|[KMBT]?tok)?\s*", str(text))
+    match = re.fullmatch(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]+)?)\s*(%|[KMBT]?tok)?\s*", str(text))
     if not match:
         raise UserError(f"{what} is {text!r}; write steps ('200'), tokens ('375Mtok') or part of the run ('5%').")
     number, unit = float(match[1]), match[2]
@@ -130,6 +131,9 @@ def scale_by_group(groups: Groups) -> optax.GradientTransformation:
         if isinstance(lr, (int, float)):
             return update if lr == 1.0 else update * lr
         lr = np.asarray(lr, np.float32)
+        if not is_stacked(name) or lr.shape != update.shape[:1]:
+            layers = f"has {update.shape[0]} layers" if is_stacked(name) else "is no stack of layers"
+            raise UserError(f"a group gives {lr.size} learning-rate multipliers to {name!r}, which {layers}.")
         return update * lr.reshape((-1,) + (1,) * (update.ndim - 1))
 
     return optax.stateless(lambda updates, params: _named_map(one, updates))
@@ -149,20 +153,63 @@ def decay_weights(weight_decay: float, groups: Groups) -> optax.GradientTransfor
     return optax.stateless(apply)
 
 
-def _is_matrix(name: str) -> bool:
-    return name.endswith("kernel")
+def is_stacked(name: str) -> bool:
+    """Whether a parameter's leading axis is one of layers."""
+    return "/layers/" in name
+
+
+def _input_axes(name: str, ndim: int) -> tuple[int, ...] | None:
+    """The axes that a stacked kernel contracts, None for any other parameter; those after them are its outputs."""
+    if not name.endswith("kernel") or not is_stacked(name):
+        return None
+    return (1, 2) if name.endswith("attention/out/kernel") and ndim == 4 else (1,)
 
 
 def _muon_dimensions(params: Any) -> Any:
     """Which axes of stacked kernels are inputs and outputs; None sends a parameter to Adam."""
 
     def one(name: str, leaf: Any) -> Any:
-        if not _is_matrix(name) or "/layers/" not in name:
+        inputs = _input_axes(name, leaf.ndim)
+        if inputs is None:
             return None
-        inputs = (1, 2) if name.endswith("attention/out/kernel") and leaf.ndim == 4 else (1,)
         return optax.contrib.MuonDimensionNumbers(inputs, tuple(range(1 + len(inputs), leaf.ndim)))
 
     return _named_map(one, params)
+
+
+def scale_by_factored_rms(min_dim_size_to_factor: int = 128, **kwargs: Any) -> optax.GradientTransformation:
+    """Adafactor's factored second moment (Shazeer & Stern 2018), a row and a column for each layer's matrix.
+
+    optax factors the two largest axes of a leaf. Where those are too small (heads of 64), the kernel is shown to it
+    as [layers, inputs, outputs]: otherwise its second moment would be kept whole.
+    """
+    inner = optax.scale_by_factored_rms(min_dim_size_to_factor=min_dim_size_to_factor, **kwargs)
+
+    def matrices(tree: Any) -> Any:
+        def one(name: str, leaf: Array) -> Array:
+            inputs = _input_axes(name, leaf.ndim)
+            if inputs is None or sorted(leaf.shape[1:])[-2] >= min_dim_size_to_factor:
+                return leaf
+            return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1 : 1 + len(inputs)]), -1)
+
+        return _named_map(one, tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        out, state = inner.update(matrices(updates), state, matrices(params))
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), out, updates), state
+
+    return optax.GradientTransformation(lambda params: inner.init(matrices(params)), update)
+
+
+def clip_by_layer_rms(threshold: float) -> optax.GradientTransformation:
+    """Divides updates by max(1, root mean square / threshold) (Adafactor, section 6), stacked leaves layer by layer."""
+
+    def one(name: str, update: Array) -> Array:
+        axes = tuple(range(1, update.ndim)) if is_stacked(name) else None
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=axes, keepdims=True))
+        return update / jnp.maximum(1.0, rms / threshold)
+
+    return optax.stateless(lambda updates, params: _named_map(one, updates))
 
 
 def make_optimizer(
@@ -192,7 +239,7 @@ def make_optimizer(
     if name == "adamw":
         tx = optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, **kwargs), *tail)
     elif name == "adafactor":
-        tx = optax.chain(optax.scale_by_factored_rms(**kwargs), optax.clip_by_block_rms(1.0), *tail)
+        tx = optax.chain(scale_by_factored_rms(**kwargs), clip_by_layer_rms(1.0), *tail)
     elif name == "muon":
         options = dict(adam_b1=b1, adam_b2=b2, adam_eps_root=0.0, weight_decay=0.0, adam_weight_decay=0.0) | kwargs
         inner = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_dimensions, **options)
