@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, choose
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -49,6 +49,8 @@ def make_mesh(
     """
     devices = list(devices if devices is not None else jax.devices())
     given = {**dict.fromkeys(AXES, 1), "fsdp": -1, **(sizes or {}), **named}
+    for axis in given:
+        choose("a mesh axis", axis, AXES)
     shape = [given[axis] for axis in AXES]
     if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
         raise UserError(f"mesh is {dict(zip(AXES, shape, strict=True))}: sizes are positive, and one may be -1.")
@@ -81,7 +83,7 @@ def spec_for(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh, ru
             targets = (target,) if isinstance(target, str) else tuple(target)
             ways = math.prod(mesh.shape[t] for t in targets)
             if ways == 1 or used & set(targets):
-                break
+                continue
             if size % ways == 0:
                 entry = target
                 used |= set(targets)
