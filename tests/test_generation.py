@@ -1,0 +1,116 @@
+"""Generation: the sampler's limits, the cache against the full forward pass, requests that ignore their batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import VOCAB, params_of, tiny, tokens
+from scipy import stats
+
+from gpt_jax.errors import UserError
+from gpt_jax.generation import Sampling, filter_logits, generate, penalise, sample_token, stream_batch
+from gpt_jax.model import Transformer
+
+VARIANTS = {
+    "learned": {},
+    "rope": {"positions": "rope"},
+    "alibi": {"positions": "alibi"},
+    "grouped": {"num_kv_heads": 2},
+    "banded": {"pattern": ("dense", "band"), "window": 3},
+    "talking": {"talking_heads": True},
+    "unequal": {"head_dims": (2, 4, 6, 4)},
+    "softcap": {"attention_softcap": 3.0, "logit_softcap": 5.0, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_greedy_from_the_cache_is_greedy_from_the_full_forward_pass_for_ragged_prompts(variant):
+    config = tiny(max_positions=24, **variant)
+    model, params = Transformer(config), params_of(config)
+    prompts = [row[:n].tolist() for row, n in zip(tokens(rows=3, length=8), (8, 3, 1), strict=True)]
+    new, scores = generate(model, params, prompts, max_tokens=6, temperature=0.0, logprobs=True)
+    forward = jax.jit(lambda t: model.apply({"params": params}, t).logits)
+    for prompt, row, values in zip(prompts, new, scores, strict=True):
+        text = np.zeros((1, 24), np.int32)
+        text[0, : len(prompt) + 6] = prompt + row
+        logits = np.asarray(forward(text))[0, len(prompt) - 1 : len(prompt) + 5]
+        full = (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+        np.testing.assert_allclose(values, full[np.arange(6), row], atol=1e-4)
+        np.testing.assert_allclose(logits[np.arange(6), row], logits.max(-1), atol=1e-4)
+
+
+def test_a_request_gets_the_same_tokens_alone_or_in_any_batch():
+    config = tiny(max_positions=40)
+    model, params = Transformer(config), params_of(config)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    together = generate(model, params, prompts, max_tokens=8, seeds=[11, 12, 13])
+    for prompt, seed, row in zip(prompts, (11, 12, 13), together, strict=True):
+        assert generate(model, params, [prompt], max_tokens=8, seeds=[seed]) == [row]
+    assert generate(model, params, prompts, max_tokens=8, seeds=[14, 15, 16]) != together
+
+
+def draws(logits, sampling, n=20000):
+    keys = jax.random.split(jax.random.key(0), n)
+    return np.asarray(jax.jit(lambda k: sample_token(jnp.tile(logits, (n, 1)), k, sampling))(keys))
+
+
+def test_sampling_follows_the_softmax_by_chi_square():
+    logits = jnp.asarray([[2.0, 1.0, 0.0, -1.0, 0.5]])
+    for temperature in (1.0, 0.5):
+        p = np.asarray(jax.nn.softmax(logits / temperature))[0]
+        counts = np.bincount(draws(logits, Sampling(temperature)), minlength=5)
+        assert stats.chisquare(counts, p * counts.sum()).pvalue > 0.001
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.0), Sampling(1.0, min_p=1.0)]
+)
+def test_every_limit_is_greedy(sampling):
+    assert set(draws(jnp.asarray([[0.1, 0.3, 0.2]]), sampling, 200)) == {1}
+
+
+def test_nucleus_keeps_the_token_that_crosses_p_and_top_k_keeps_k():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    kept = lambda s: set(np.flatnonzero(np.asarray(filter_logits(logits, s))[0] > -1e29))  # noqa: E731
+    assert kept(Sampling(top_p=0.6)) == {0, 1} and kept(Sampling(top_p=0.5)) == {0}
+    assert kept(Sampling(top_k=3)) == {0, 1, 2} and kept(Sampling(min_p=0.2)) == {0, 1, 2}
+
+
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    out = penalise(jnp.asarray([[2.0, -2.0, 1.0]]), jnp.asarray([[True, True, False]]), 2.0)
+    np.testing.assert_allclose(out, [[1.0, -4.0, 1.0]])
+
+
+def test_finished_rows_stay_as_they_are_and_end_the_loop():
+    config = tiny(max_positions=64)
+    model, params = Transformer(config), params_of(config)
+    free = generate(model, params, [[1], [2]], max_tokens=12, temperature=0.0)
+    eot = free[0][3]
+    ended = generate(model, params, [[1], [2]], max_tokens=12, temperature=0.0, eot=eot)
+    assert ended[0] == free[0][: free[0].index(eot)]
+    expected = free[1][: free[1].index(eot)] if eot in free[1] else free[1]
+    assert ended[1] == expected
+
+
+def test_chunks_are_the_whole():
+    config = tiny(max_positions=40)
+    model, params = Transformer(config), params_of(config)
+    parts = [t for t, _, _ in stream_batch(model, params, [[1, 2]], max_tokens=9, seeds=[3], chunk=2)]
+    assert np.concatenate(parts, axis=1).tolist() == generate(model, params, [[1, 2]], max_tokens=9, seeds=[3])
+
+
+def test_mistakes_are_named():
+    config = tiny()
+    model, params = Transformer(config), params_of(config)
+    with pytest.raises(UserError, match="prompt of 5 tokens and max_tokens=8 do not fit the model's 12"):
+        generate(model, params, [[1] * 5], max_tokens=8)
+    with pytest.raises(UserError, match=f"token {VOCAB} is not in the model's vocabulary"):
+        generate(model, params, [[VOCAB]], max_tokens=2)
+    with pytest.raises(UserError, match="top_p is 1.5"):
+        Sampling(top_p=1.5)
+    with pytest.raises(UserError, match="a prompt is empty"):
+        generate(model, params, [[]], max_tokens=2)
