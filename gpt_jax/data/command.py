@@ -139,10 +139,11 @@ def format_row(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -
 
 
 def _runs(tokens: np.ndarray, weights: Sequence[float | None], tokenizer: Tokenizer, colour: bool) -> str:
-    """Joins tokens of equal weight, so that characters spelled in several tokens stay whole."""
+    """Joins tokens of equal weight; a character spelled in several tokens stays whole, in the colour of its first."""
     out, start = [], 0
     for end in range(1, len(tokens) + 1):
-        if end < len(tokens) and weights[end] == weights[start]:
+        inside = end < len(tokens) and 0x80 <= (tokenizer.token_bytes(int(tokens[end])) or b"\0")[0] < 0xC0
+        if inside or (end < len(tokens) and weights[end] == weights[start]):
             continue
         text, weight = tokenizer.decode(tokens[start:end], specials="show"), weights[start]
         if colour:

@@ -75,6 +75,9 @@ class SentencePieceTokenizer(Tokenizer):
             table.append(piece.replace("\u2581", " ").replace(_NEWLINE, "\n").replace(_TAB, "\t").encode("utf-8"))
         return table
 
+    def fallback_ids(self) -> list[int]:
+        return list(range(256))
+
     def _files(self):
         return {_MODEL: self._model}
 

@@ -109,6 +109,10 @@ class Tokenizer:
         """Bytes of text that each token stands for, int32 [vocab_size]; specials 0."""
         return np.array([len(b) for b in self._bytes], np.int32)
 
+    def fallback_ids(self) -> list[int]:
+        """Returns the tokens that spell what the vocabulary has no token for: here, parts of a character."""
+        return [i for i, b in enumerate(self._bytes) if len(b) == 1 and b[0] >= 0x80]
+
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes of text that a token stands for; b'' for a special."""
         return self._bytes[token]
@@ -243,6 +247,9 @@ class CharTokenizer(Tokenizer):
     def _ordinary_bytes(self) -> list[bytes]:
         rest = {"bytes": [bytes([i]) for i in range(256)], "unk": ["\N{REPLACEMENT CHARACTER}".encode()], "error": []}
         return [c.encode("utf-8") for c in self.alphabet] + rest[self.unknown]
+
+    def fallback_ids(self) -> list[int]:
+        return list(range(len(self.alphabet), self.ordinary))
 
     def _config(self):
         return {"alphabet": "".join(self.alphabet), "unknown": self.unknown, "oov_types": self.oov_types}

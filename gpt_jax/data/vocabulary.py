@@ -72,6 +72,10 @@ class TruncatedTokenizer(Tokenizer):
     def _ordinary_bytes(self) -> list[bytes]:
         return list(self._spelling)
 
+    def fallback_ids(self) -> list[int]:
+        """Every single byte: one that is kept also spells, and the two uses cannot be told apart by their id."""
+        return [i for i, b in enumerate(self._spelling) if len(b) == 1] if self.unk is None else [self.unk]
+
     def _config(self):
         return {"kept": self.kept, "unknown": self.unknown, "oov_types": self.oov_types, "inner": self.inner.hash}
 
@@ -114,9 +118,9 @@ def coverage(tokenizer: Tokenizer, texts: Iterable[str], ks: Sequence[int] = ())
     """Reports how a vocabulary covers texts.
 
     Returns:
-      tokens, bytes, bytes_per_token; used (distinct tokens that occur); byte_tokens (part of the text's bytes that is
-      spelled in single-byte tokens outside ASCII or as <unk>: 1 - this is `covered`); and for each k in `ks`,
-      'top': {k: part of the tokens that the k most frequent make up}.
+      tokens, bytes, bytes_per_token; used (distinct tokens that occur); covered (part of the text's bytes that is
+      neither spelled byte by byte (`Tokenizer.fallback_ids`) nor <unk>); and 'top': {k: part of the tokens that the k
+      most frequent make up} for each k in `ks`.
     """
     counts, size = np.zeros(tokenizer.vocab_size, np.int64), 0
     for text in texts:
@@ -129,9 +133,10 @@ def coverage_of_counts(tokenizer: Tokenizer, counts: np.ndarray, size: int, ks: 
     """The same from counts [vocab_size] (specials may be counted; they are left out) and the text's bytes."""
     ordinary = np.array(counts, np.int64)
     ordinary[list(tokenizer.specials.values())] = 0
-    # Bytes that are a part of a character: >= 0x80, spelled alone.
-    parts = [i for i in range(tokenizer.vocab_size) if len(b := tokenizer.token_bytes(i)) == 1 and b[0] >= 0x80]
-    spelled = int(ordinary[parts].sum()) if tokenizer.unk is None else size - _known_bytes(tokenizer, ordinary)
+    if tokenizer.unk is None:
+        spelled = int(ordinary[tokenizer.fallback_ids()].sum())
+    else:
+        spelled = size - _known_bytes(tokenizer, ordinary)
     total, ranked = int(ordinary.sum()), np.sort(ordinary)[::-1].cumsum()
     report = {
         "tokens": total,
