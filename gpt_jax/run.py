@@ -55,7 +55,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         raise UserError(
             "deterministic=True on a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment."
         )
-    mesh = make_mesh(dataclasses.asdict(config.mesh) | {"rules": None})
+    mesh = make_mesh({axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "rules"})
     check_rows(config, mesh)
     check_spec(config.objective)
     schedule = resolve_batch_schedule(
