@@ -64,7 +64,7 @@ class MetricsWriter:
         for row in iterate_rows(self.path) if self.path.exists() else ():
             if row["step"] <= limit:
                 self._remember(row)
-        self._file = open(self.path, "ab", buffering=0) if writes else None  # noqa: SIM115 - until close
+        self._file = open(self.path, "ab", buffering=0) if writes else None
         self._events = _open_events(tensorboard, resume_step) if writes and tensorboard is not None else None
         self._wandb = wandb if writes else None
 
@@ -227,7 +227,7 @@ def cut_rows(path: str | os.PathLike, last_step: float) -> None:
 def _numbered_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (position after the row in bytes, row)."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below
+        file = open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"no metrics at {path}.") from None
     with file:

@@ -131,11 +131,12 @@ def check_module(config: ModelConfig, *, length: int = 12, seed: int = 0) -> Rep
     if gap := float(np.abs(run(changed)[:, :at] - full[:, :at]).max()):
         failures.append(f"not causal: changing tokens from {at} on changes earlier logits by {gap:.2g}.")
 
-    first = model.apply(params, tokens[:, :at], cache=Cache.empty(config, 2, length))
+    extend = jax.jit(lambda tokens, cache: model.apply(params, tokens, cache=cache))
+    first = extend(tokens[:, :at], Cache.empty(config, 2, length))
     cached = [first.logits]
     cache = first.cache
     for t in range(at, length):
-        out = model.apply(params, tokens[:, t : t + 1], cache=cache)
+        out = extend(tokens[:, t : t + 1], cache)
         cached, cache = [*cached, out.logits], out.cache
     if (gap := float(np.abs(np.concatenate(cached, axis=1) - full).max())) > 1e-4:
         failures.append(f"cached decoding differs from the full forward pass by {gap:.2g}.")

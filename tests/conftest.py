@@ -10,8 +10,8 @@ for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimiz
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 # And compiled programs are kept between runs; GPT_JAX_TEST_CACHE= (empty) is off.
 _CACHE = os.environ.get("GPT_JAX_TEST_CACHE", str(pathlib.Path.home() / ".cache" / "gpt_jax" / "test_programs"))
