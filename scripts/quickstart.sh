@@ -7,17 +7,17 @@ started=$(date +%s)
 source scripts/_venv.sh
 ensure_venv test
 workdir="${WORKDIR:-runs/quickstart}"
-gpt-jax train --config=quickstart --workdir="$workdir" "$@" | tee /dev/stderr | tail -n 1 >"$workdir.json"
+summary="$(gpt-jax train --config=quickstart --workdir="$workdir" "$@" | tee /dev/stderr | tail -n 1)"
 gpt-jax sample --workdir="$workdir" --prompt "The " --max-tokens 100 --seed 1 >&2
-python - "$workdir.json" "$started" <<'PY'
-import json, sys, time
+SUMMARY="$summary" python - "$started" <<'PY'
+import json, os, sys, time
 
-summary = json.load(open(sys.argv[1]))
+summary = json.loads(os.environ["SUMMARY"])
 print(json.dumps({
     "bits_per_byte": summary.get("valid/bits_per_byte"),
     "xz_bits_per_byte": summary.get("xz_bits_per_byte"),
     "unigram_bits_per_byte": summary.get("unigram_bits_per_byte"),
     "report": summary.get("report"),
-    "seconds": round(time.time() - int(sys.argv[2])),
+    "seconds": round(time.time() - int(sys.argv[1])),
 }))
 PY
