@@ -7,7 +7,7 @@ started=$(date +%s)
 source scripts/_venv.sh
 ensure_venv test
 workdir="${WORKDIR:-runs/quickstart}"
-summary="$(gpt-jax train --config=quickstart --workdir="$workdir" "$@" | tee /dev/stderr | tail -n 1)"
+summary="$(gpt-jax train --config=quickstart --workdir="$workdir" "$@" | tee >(cat >&2) | tail -n 1)"
 gpt-jax sample --workdir="$workdir" --prompt "The " --max-tokens 100 --seed 1 >&2
 SUMMARY="$summary" python - "$started" <<'PY'
 import json, os, sys, time
