@@ -40,6 +40,10 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that cannot be read back as it was written."""
 
 
+class DoesNotFit(UserError):
+    """A checkpoint whose names, shapes or dtypes are not those of the state to restore."""
+
+
 def steps_to_keep(
     steps: Iterable[int], valid_losses: Mapping[int, float], keep_last: int, keep_best: int, keep_every_steps: int
 ) -> set[int]:
@@ -566,7 +570,7 @@ def _check_fit(arrays: Mapping[str, Any], leaves: Mapping[str, Any], what: str) 
             if (there.shape, there.dtype) != (tuple(here.shape), here.dtype):
                 differences.append(f"{name} is {_show(there)} there and {_show(here)} here")
     if differences:
-        raise UserError(f"{what} does not fit this run: {_some(differences, '; ', 4)}.")
+        raise DoesNotFit(f"{what} does not fit this run: {_some(differences, '; ', 4)}.")
 
 
 def _merge(folders: Sequence[pathlib.Path], sources: Sequence[Mapping[str, str]], tree: Any) -> tuple[Any, Restored]:

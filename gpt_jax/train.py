@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from gpt_jax.evaluate import evaluate_all
 from gpt_jax.metrics import MetricsWriter, open_wandb
 from gpt_jax.model.config import count_parameters
 from gpt_jax.report import write_report
+from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.step import TrainState, join, split
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
@@ -56,7 +57,7 @@ def train(
                 keep_every_steps=config.checkpoint.keep_every_steps,
             )
         )
-        state, start = first_state(run, checkpointer, log)
+        state, start = first_state(run, checkpointer, changes, log)
         record_start(run, directory, start, changes)
         writer = MetricsWriter(
             directory.metrics_path,
@@ -145,12 +146,21 @@ def settle_config(config: Config, directory: Workdir, accept: bool, log: Callabl
     return changes
 
 
-def first_state(run: Run, checkpointer: Checkpointer, log: Callable[[str], None]) -> tuple[TrainState, int]:
+def first_state(
+    run: Run, checkpointer: Checkpointer, changed: Iterable[str], log: Callable[[str], None]
+) -> tuple[TrainState, int]:
     """Restores the newest checkpoint of the run, or makes a fresh state, perhaps from another run's weights."""
     latest = checkpointer.latest()
     abstract = run.step.abstract_state
     if latest is not None:
-        state = checkpointer.restore(latest, hooks.strip(abstract))
+        state = continued_state(
+            checkpointer,
+            latest,
+            hooks.strip(abstract),
+            lambda: hooks.strip(run.step.init(run.config.seed)),
+            changed,
+            log,
+        )
         frozen = checkpointer.restore_frozen(abstract.frozen) if jax.tree.leaves(abstract.frozen) else abstract.frozen
         log(f"continuing at step {latest} of {run.config.steps}")
         return dataclasses.replace(state, frozen=frozen), latest

@@ -1,0 +1,73 @@
+"""The state to continue a run with: the checkpoint's, or its weights under another optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gpt_jax.checkpoint import Checkpointer, DoesNotFit
+
+
+def continued_state(
+    checkpointer: Checkpointer,
+    step: int,
+    abstract_state: Any,
+    fresh_state: Callable[[], Any],
+    changed: Iterable[str],
+    log: Callable[[str], None],
+) -> Any:
+    """Restores a train state of a run, whose accepted changes may include another optimizer.
+
+    Args:
+      checkpointer, step: where it lies.
+      abstract_state: of this run, frozen parameters left out.
+      fresh_state: makes an initial state of the same form.
+      changed: config keys that differ from the run's so far (accepted by the user).
+      log: where lines for people go.
+
+    Returns:
+      The state. Where the optimizer is another, or its state or the average of the weights has another form, those
+      start afresh from the restored weights; the learning-rate schedule goes on at `step`.
+
+    Raises:
+      UserError: it does not fit and the optimizer did not change, or parameters do not fit; damaged.
+    """
+    changed = set(changed)
+    if not any(key.startswith("optimizer.") for key in changed):
+        return checkpointer.restore(step, abstract_state)
+    if not changed & {"optimizer.name", "optimizer.kwargs"} and not any(
+        k.startswith("optimizer.kwargs.") for k in changed
+    ):
+        try:
+            return checkpointer.restore(step, abstract_state)
+        except DoesNotFit:
+            pass
+    state, done = checkpointer.restore_some(step, fresh_state(), only="^(step|params|ema|skipped)($|/)")
+    afresh = [name for name in done.initialised if name.startswith(("opt_state", "ema"))]
+    if len(afresh) < len(done.initialised):  # parameters too: say which
+        return checkpointer.restore(step, abstract_state)
+    parts = ["its optimizer state"] if any(name.startswith("opt_state") for name in afresh) else []
+    state = dataclasses.replace(state, opt_state=_at_step(state.opt_state, step))
+    if any(name.startswith("ema") for name in afresh):
+        parts.append("its average of the weights")
+        state = dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.params))
+    log(f"the optimizer changed: {' and '.join(parts)} at step {step} is not used, the new one starts afresh")
+    return state
+
+
+def _at_step(opt_state: Any, step: int) -> Any:
+    """Moves the learning-rate schedules in an initial optimizer state to `step`."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda node: node._replace(count=jnp.full_like(node.count, step)) if is_schedule(node) else node,
+        opt_state,
+        is_leaf=is_schedule,
+    )
