@@ -140,6 +140,14 @@ def test_training_epoch_is_a_permutation_of_the_rows():
         assert shuffled.tolist() != straight.tolist()
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    """Of documents in rows of their own, which rows come first, epoch by epoch."""
+    maker = PieceRows(split_of(documents_of(range(1, 30))), 40)
+    numbers = np.arange(maker.rows_per_epoch)
+    orders = {tuple(pick(maker, numbers + e * len(numbers), seed=3)["targets"].sum(axis=1)) for e in range(5)}
+    assert len(orders) == 5
+
+
 @pytest.mark.parametrize("doc_mask", [False, True])
 def test_three_epochs_of_training_predict_every_token_three_times_whatever_the_batches(doc_mask):
     """9 rows an epoch; batches of 2, 3 and 4 rows straddle the epochs; 27 rows in all."""

@@ -158,12 +158,12 @@ def split(documents, how, fraction, say=None):
 
 
 def test_split_by_document_does_not_depend_on_the_other_documents():
-    documents = texts(400)
-    alone = dict((t, s) for s, t in split(documents, "document", 0.1))
-    shuffled = documents[::-1][:300]
+    documents = texts(3600)
+    alone = {t: s for s, t in split(documents, "document", 0.1)}
+    shuffled = documents[::-1][:3000]
     assert all(alone[t] == s for s, t in split(shuffled, "document", 0.1))
     count = sum(s == "valid" for s in alone.values())
-    assert 40 - 4 * 6 < count < 40 + 4 * 6  # four standard deviations of a binomial
+    assert 360 - 4 * 18 < count < 360 + 4 * 18  # four standard deviations of a binomial
 
 
 def test_split_of_the_tail_is_the_first_int_n_characters_as_nanogpt_has_it():
