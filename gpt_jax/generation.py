@@ -1,15 +1,17 @@
 """Generation: one jitted loop over a static key/value cache (GPT-2's 'past').
 
 Ragged prompts are padded on the left, so that all rows write the same slot of the cache; padding has position -1 and is
-seen by no query. A request draws under its own key, folded with the index of the token: its result does not depend on
-the batch it is in.
+seen by no query. A request draws under its own key, folded with the position of the token: up to rounding of the logits
+its result does not depend on the batch it is in.
+
+Rows, prompt lengths and numbers of new tokens are rounded up, and the sampler's settings are arguments of the compiled
+functions: few programs serve all requests.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -20,141 +22,135 @@ from jax import Array, lax
 
 from gpt_jax.errors import UserError
 from gpt_jax.model import Cache, Transformer
-from gpt_jax.model.attention import HIDDEN
+from gpt_jax.model.decoding import decoding_params
+from gpt_jax.sampling import Filters, Sampling, filter_logits, penalise, sample_token
 
+__all__ = ["Sampling", "filter_logits", "generate", "generate_text", "penalise", "sample_token", "stream_batch"]
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn.
-
-    Attributes:
-      temperature: 0 is greedy. top_k: keep the k most likely, 0 is off. top_p: keep the smallest set of tokens with at
-        least this probability (the token that crosses it is kept). min_p: drop tokens less likely than min_p times the
-        most likely one. repetition_penalty: theta of CTRL (Keskar et al. 2019): logits of tokens already there are
-        divided by it if positive, else multiplied.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, ok, allowed in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 <= self.top_p <= 1, "between 0 and 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        ):
-            if not ok:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
-
-
-def penalise(logits_BxV: Array, seen_BxV: Array, penalty: float) -> Array:
-    """Repetition penalty on tokens already seen."""
-    if penalty == 1.0:
-        return logits_BxV
-    return jnp.where(seen_BxV, jnp.where(logits_BxV > 0, logits_BxV / penalty, logits_BxV * penalty), logits_BxV)
-
-
-def filter_logits(logits_BxV: Array, sampling: Sampling) -> Array:
-    """Applies temperature, then top-k, top-p and min-p: what is cut gets about -1e30. [B, V] float32."""
-    logits = logits_BxV / sampling.temperature
-    V = logits.shape[-1]
-    if 0 < sampling.top_k < V:
-        kth = lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits >= kth, logits, HIDDEN)
-    if sampling.top_p < 1.0:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        p = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(p, axis=-1) - p  # probability of the tokens ahead of this one
-        kept = (before < sampling.top_p).at[:, 0].set(True)
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, HIDDEN)
-    if sampling.min_p > 0.0:
-        p = jax.nn.softmax(logits, axis=-1)
-        logits = jnp.where(p >= sampling.min_p * jnp.max(p, axis=-1, keepdims=True), logits, HIDDEN)
-    return logits
-
-
-def sample_token(logits_BxV: Array, keys_B: Array, sampling: Sampling) -> Array:
-    """Draws a token per row under its key; [B] int32."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    logits = filter_logits(logits_BxV, sampling)
-    return jax.vmap(jax.random.categorical)(keys_B, logits).astype(jnp.int32)
+MAX_ROWS = 32  # prompts generated together: bounds the memory of the cache
+_PREFILL = 256  # prompt tokens that go through the model at once: bounds the memory of attention scores
 
 
 @struct.dataclass
-class _State:
-    """The loop: tokens written so far, the cache, the logits of the next token."""
+class Requests:
+    """What does not change while a batch is generated.
+
+    Attributes:
+      tokens_BxT, lengths_B: prompts, padded on the left, and their lengths. keys_B: one key per request.
+      filters: of the sampler. eot: the id that ends a text, -1 for none.
+    """
+
+    tokens_BxT: Array
+    lengths_B: Array
+    keys_B: Array
+    filters: Filters
+    eot: Array
+
+
+@struct.dataclass
+class State:
+    """The loop's state after `count` new tokens.
+
+    Attributes:
+      out_BxN, logprobs_BxN: the new tokens and, if asked for, their log-probabilities ([B, 0] if not).
+      cache: of all tokens but the last. done_B: rows that have ended. seen_BxV: tokens that are there, for the
+      repetition penalty ([B, 0] without).
+    """
 
     out_BxN: Array
-    count: Array
-    logits_BxV: Array
-    cache: Cache
-    seen_BxV: Array
-    done_B: Array
     logprobs_BxN: Array
+    count: Array
+    cache: Cache
+    done_B: Array
+    seen_BxV: Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _prefill(model: Transformer, params: Any, prompt: tuple[Array, Array], slots: int, max_tokens: int) -> _State:
-    tokens_BxT, lengths_B = prompt
-    B, T = tokens_BxT.shape
-    positions = jnp.arange(T) - (T - lengths_B)[:, None]
-    positions = jnp.where(positions >= 0, positions, -1)
-    cache = Cache.empty(model.config, B, slots)
-    hidden, cache = model.apply({"params": params}, tokens_BxT, positions=positions, cache=cache, method="encode")
-    logits = model.apply({"params": params}, hidden[:, -1], method="unembed")[:, : model.config.vocab_size]
+def _prefill(model: Transformer, params: Any, requests: Requests, size: int, logprobs: bool) -> State:
+    """Runs the prompts and draws the first token of each; `size` is the most tokens that there may be."""
+    B, T = requests.tokens_BxT.shape
     V = model.config.vocab_size
-    seen = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], tokens_BxT].max(positions >= 0)
-    zeros = jnp.zeros((B, max_tokens), jnp.int32)
-    return _State(zeros, jnp.zeros((), jnp.int32), logits, cache, seen, jnp.zeros(B, bool), zeros.astype(jnp.float32))
+    positions = jnp.arange(T) - (T - requests.lengths_B)[:, None]
+    positions_BxT = jnp.where(positions >= 0, positions, -1)
+    seen = jnp.zeros((B, 0), bool)
+    if requests.filters.repetition_penalty is not None:
+        rows = jnp.arange(B)[:, None]
+        seen = jnp.zeros((B, V), bool).at[rows, requests.tokens_BxT].max(positions_BxT >= 0)
+    state = State(
+        out_BxN=jnp.zeros((B, size), jnp.int32),
+        logprobs_BxN=jnp.zeros((B, size if logprobs else 0), jnp.float32),
+        count=jnp.zeros((), jnp.int32),
+        cache=Cache.empty(model.config, B, T + size),
+        done_B=requests.lengths_B == 0,
+        seen_BxV=seen,
+    )
+    last = T if T <= _PREFILL else _PREFILL
+    if T > last:
+        pieces = [jnp.moveaxis(x.reshape(B, T // last, last), 1, 0)[:-1] for x in (requests.tokens_BxT, positions_BxT)]
+
+        def run(cache: Cache, piece: tuple[Array, Array]) -> tuple[Cache, None]:
+            tokens, at = piece
+            return model.apply({"params": params}, tokens, positions=at, cache=cache, method="encode")[1], None
+
+        state = state.replace(cache=lax.scan(run, state.cache, tuple(pieces))[0])
+    return _step(model, params, requests, state, requests.tokens_BxT[:, -last:], positions_BxT[:, -last:])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=(2,))
-def _decode(
-    model: Transformer, params: Any, state: _State, keys_B: Array, sampling: Sampling, eot: int, until: Array
-) -> _State:
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
+def _decode(model: Transformer, params: Any, requests: Requests, state: State, until: Array) -> State:
     """Draws tokens until `until` of them are there or every row has ended."""
-    rows = jnp.arange(keys_B.shape[0])
 
-    def more(state: _State) -> Array:
+    def more(state: State) -> Array:
         return (state.count < until) & ~jnp.all(state.done_B)
 
-    def draw(state: _State) -> _State:
-        logits = penalise(state.logits_BxV, state.seen_BxV, sampling.repetition_penalty)
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, state.count))(keys_B)
-        token = sample_token(logits, keys, sampling)
-        token = jnp.where(state.done_B, max(eot, 0), token)  # a finished row stays as it is
-        logprob = jax.nn.log_softmax(state.logits_BxV)[rows, token]
-        last = jnp.max(state.cache.positions_BxS, axis=1, keepdims=True)
-        hidden, cache = model.apply(
-            {"params": params}, token[:, None], positions=last + 1, cache=state.cache, method="encode"
-        )
-        new = model.apply({"params": params}, hidden[:, -1], method="unembed")[:, : model.config.vocab_size]
-        return _State(
-            out_BxN=lax.dynamic_update_slice(state.out_BxN, token[:, None], (0, state.count)),
-            count=state.count + 1,
-            logits_BxV=new,
-            cache=cache,
-            seen_BxV=state.seen_BxV.at[rows, token].set(True),
-            done_B=state.done_B | (token == eot),
-            logprobs_BxN=lax.dynamic_update_slice(state.logprobs_BxN, logprob[:, None], (0, state.count)),
-        )
+    def step(state: State) -> State:
+        token = lax.dynamic_slice_in_dim(state.out_BxN, state.count - 1, 1, axis=1)
+        position = requests.lengths_B + state.count - 1
+        return _step(model, params, requests, state, token, position[:, None])
 
-    return lax.while_loop(more, draw, state)
+    return lax.while_loop(more, step, state)
 
 
-def _bucket(n: int) -> int:
-    """Rounds lengths up, so that few programs are compiled: powers of two from 16."""
-    return max(16, 1 << (n - 1).bit_length())
+def _step(
+    model: Transformer, params: Any, requests: Requests, state: State, tokens_BxT: Array, positions_BxT: Array
+) -> State:
+    """Enters tokens into the cache and draws the next one; rows that have ended get `eot` and stay as they are."""
+    hidden, cache = model.apply(
+        {"params": params}, tokens_BxT, positions=positions_BxT, cache=state.cache, method="encode"
+    )
+    logits = model.apply({"params": params}, hidden[:, -1], method="unembed")[:, : model.config.vocab_size]
+    drawn_from, rows = logits, jnp.arange(logits.shape[0])
+    if requests.filters.repetition_penalty is not None:
+        drawn_from = penalise(logits, state.seen_BxV, requests.filters.repetition_penalty)
+    keys = jax.vmap(jax.random.fold_in)(requests.keys_B, requests.lengths_B + state.count)
+    token = sample_token(drawn_from, keys, requests.filters)
+    token = jnp.where(state.done_B, jnp.maximum(requests.eot, 0), token)
+    state = state.replace(
+        out_BxN=lax.dynamic_update_slice(state.out_BxN, token[:, None], (0, state.count)),
+        count=state.count + 1,
+        cache=cache,
+        done_B=state.done_B | (token == requests.eot),
+    )
+    if requests.filters.repetition_penalty is not None:
+        state = state.replace(seen_BxV=state.seen_BxV.at[rows, token].set(True))
+    if state.logprobs_BxN.shape[1]:
+        logprob = jax.nn.log_softmax(logits)[rows, token]
+        at = (0, state.count - 1)
+        state = state.replace(logprobs_BxN=lax.dynamic_update_slice(state.logprobs_BxN, logprob[:, None], at))
+    return state
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int, eot: int | None) -> list[list[int]]:
+def bucket(n: int, least: int = 1) -> int:
+    """Rounds up to 2^i or 3 * 2^i, at least `least`: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ..."""
+    n = max(n, least)
+    power = 1 << (n - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def check_prompts(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int, eot: int | None
+) -> list[list[int]]:
+    """Returns the prompts as lists, an empty one as [eot]; raises UserError for what the model cannot continue."""
     config = model.config
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; it must be at least 1.")
@@ -176,9 +172,17 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int
     return out
 
 
-def request_keys(seeds: Sequence[int]) -> Array:
-    """One key per request."""
-    return jnp.stack([jax.random.key(seed, impl="threefry2x32") for seed in seeds])
+def make_requests(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, eot: int | None
+) -> Requests:
+    """Lays prompts out as a batch: rows beyond them, up to a round number, have length 0 and have ended already."""
+    B, T = bucket(len(prompts)), bucket(max(map(len, prompts)), least=16)
+    tokens, lengths, numbers = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.uint32)
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        tokens[row, T - len(prompt) :] = prompt
+        lengths[row], numbers[row] = len(prompt), seed & 0xFFFFFFFF
+    keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(numbers)
+    return Requests(tokens, lengths, keys, sampling.filters(), np.int32(-1 if eot is None else eot))
 
 
 def stream_batch(
@@ -191,33 +195,34 @@ def stream_batch(
     eot: int | None = None,
     seeds: Sequence[int] | None = None,
     chunk: int = 0,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Generates in chunks, as tokens come.
+    logprobs: bool = False,
+) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], Sequence[bool] | None, None]:
+    """Generates one batch in chunks, as tokens come.
 
     Args:
       chunk: tokens per chunk; 0 is all at once. The rest: see `generate`.
 
     Yields:
-      (tokens [B, n], log-probabilities [B, n], finished [B]) of each chunk.
+      (tokens [B, n], log-probabilities [B, n] or [B, 0], finished [B]) of each chunk. What is sent back, if anything,
+      names the rows that are to end here, [B] booleans: a stop string was found.
     """
-    ids = _check(model, prompts, max_tokens, eot)
-    sampling = sampling or Sampling()
-    B, T = len(ids), _bucket(max(map(len, ids)))
-    N = _bucket(max_tokens)
-    tokens = np.zeros((B, T), np.int32)
-    for row, prompt in zip(tokens, ids, strict=True):
-        row[T - len(prompt) :] = prompt
-    lengths = np.asarray([len(prompt) for prompt in ids], np.int32)
-    keys = request_keys(list(seeds) if seeds is not None else list(range(B)))
+    ids, B = check_prompts(model, prompts, max_tokens, eot), len(prompts)
+    if not ids:
+        return
+    requests = make_requests(ids, list(seeds) if seeds is not None else range(B), sampling or Sampling(), eot)
+    params = decoding_params(model.config, params)
     # Slots beyond the model's positions hold left padding, or tokens past max_tokens that are never asked for.
-    state = _prefill(model, params, (tokens, lengths), T + N, N)
+    state = _prefill(model, params, requests, bucket(max_tokens, least=16), logprobs)
     done = 0
     while done < max_tokens:
-        until = min(max_tokens, done + (chunk or max_tokens))
-        state = _decode(model, params, state, keys, sampling, -1 if eot is None else eot, until)
+        state = _decode(model, params, requests, state, min(max_tokens, done + (chunk or max_tokens)))
         count = int(state.count)
-        finished = np.asarray(state.done_B)
-        yield np.asarray(state.out_BxN[:, done:count]), np.asarray(state.logprobs_BxN[:, done:count]), finished
+        new, scores = np.asarray(state.out_BxN[:B, done:count]), np.asarray(state.logprobs_BxN[:B, done:count])
+        finished = np.array(state.done_B)
+        ended = yield new, scores, finished[:B]
+        if ended is not None:
+            finished[:B] |= np.asarray(ended, bool)
+            state = state.replace(done_B=finished)
         done = count
         if finished.all():
             return
@@ -256,14 +261,34 @@ def generate(
       UserError: a prompt that does not fit the model's positions, an id outside the vocabulary, a setting out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    parts = stream_batch(model, params, prompts, max_tokens=max_tokens, sampling=sampling, eot=eot, seeds=seeds)
-    tokens, scores, _ = next(parts)
-    ids, values = [], []
-    for row, row_scores in zip(tokens.tolist(), scores.tolist(), strict=True):
-        end = row.index(eot) if eot in row else len(row)
-        ids.append(row[:end])
-        values.append(row_scores[:end])
+    prompts = check_prompts(model, prompts, max_tokens, eot)
+    seeds = list(seeds) if seeds is not None else list(range(len(prompts)))
+    if len(seeds) != len(prompts):
+        raise UserError(f"there are {len(seeds)} seeds for {len(prompts)} prompts.")
+    ids: list[list[int]] = [[] for _ in prompts]
+    values: list[list[float]] = [[] for _ in prompts]
+    for rows in batches_by_length(prompts):
+        parts = stream_batch(
+            model,
+            params,
+            [prompts[row] for row in rows],
+            max_tokens=max_tokens,
+            sampling=sampling,
+            eot=eot,
+            seeds=[seeds[row] for row in rows],
+            logprobs=logprobs,
+        )
+        tokens, scores, _ = next(parts)
+        for row, new, new_scores in zip(rows, tokens.tolist(), scores.tolist(), strict=True):
+            end = new.index(eot) if eot in new else len(new)
+            ids[row], values[row] = new[:end], new_scores[:end]
     return (ids, values) if logprobs else ids
+
+
+def batches_by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Cuts prompts into batches of at most MAX_ROWS of like length; returns the indices in each."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    return [order[i : i + MAX_ROWS] for i in range(0, len(order), MAX_ROWS)]
 
 
 def generate_text(

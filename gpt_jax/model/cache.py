@@ -14,42 +14,40 @@ from gpt_jax.model.config import ModelConfig
 class Cache:
     """Keys and values of every layer in S slots.
 
+    An array per layer, heads before slots: a step then writes one slot in place and reads each layer where it lies.
+
     Attributes:
-      k_LxBxSxGxK, v_LxBxSxGxK: keys (already rotated where positions are rotary) and values.
+      k, v: for each layer keys (already rotated where positions are rotary) and values, [B, G, S, K].
       positions_BxS: position of the token in each slot; -1 where the slot holds none (padding, not yet written).
       index: the slot that the next token of every row goes to.
     """
 
-    k_LxBxSxGxK: Array
-    v_LxBxSxGxK: Array
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
     positions_BxS: Array
     index: Array
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, slots: int) -> Cache:
-        shape = (config.num_layers, batch, slots, config.kv_heads, config.key_size)
-        zeros = jnp.zeros(shape, config.dtype)
-        positions = jnp.full((batch, slots), -1, jnp.int32)
-        return cls(zeros, zeros, positions, jnp.zeros((), jnp.int32))
+        shape = (batch, config.kv_heads, slots, config.key_size)
+        k, v = (tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in "kv")
+        return cls(k, v, jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def extend(self, positions_BxT: Array) -> Cache:
         """Enters the positions of T new tokens (-1 for padding); layers then `write` their keys and values."""
         positions = lax.dynamic_update_slice(self.positions_BxS, positions_BxT.astype(jnp.int32), (0, self.index))
         return self.replace(positions_BxS=positions)
 
-    def write(self, layer: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Cache:
-        at = (layer, 0, self.index, 0, 0)
-        return self.replace(
-            k_LxBxSxGxK=lax.dynamic_update_slice(self.k_LxBxSxGxK, k_BxTxGxK[None], at),
-            v_LxBxSxGxK=lax.dynamic_update_slice(self.v_LxBxSxGxK, v_BxTxGxK[None], at),
-        )
+    def write(self, layer: int, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Cache:
+        def put(layers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+            new = lax.dynamic_update_slice(layers[layer], jnp.swapaxes(new, 1, 2), (0, 0, self.index, 0))
+            return (*layers[:layer], new, *layers[layer + 1 :])
 
-    def read(self, layer: Array) -> tuple[Array, Array]:
+        return self.replace(k=put(self.k, k_BxTxGxK), v=put(self.v, v_BxTxGxK))
+
+    def read(self, layer: int) -> tuple[Array, Array]:
         """Returns the layer's keys and values, each [B, S, G, K]."""
-        return (
-            lax.dynamic_index_in_dim(self.k_LxBxSxGxK, layer, 0, keepdims=False),
-            lax.dynamic_index_in_dim(self.v_LxBxSxGxK, layer, 0, keepdims=False),
-        )
+        return jnp.swapaxes(self.k[layer], 1, 2), jnp.swapaxes(self.v[layer], 1, 2)
 
     def advance(self, tokens: int) -> Cache:
         return self.replace(index=self.index + tokens)

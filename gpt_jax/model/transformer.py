@@ -9,6 +9,7 @@ Parameters of the blocks are stacked over repetitions of `config.pattern`, whate
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,13 +49,12 @@ class _Repetition(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, carry, index, positions, mask, keys_B):
-        x_BxTxD, cache = carry
+    def __call__(self, x_BxTxD, index, positions, mask, keys_B):
         for i, kind in enumerate(self.config.pattern):
             layer = index * len(self.config.pattern) + i
             block = Block(self.config, kind, name=f"block_{i}")
-            x_BxTxD, cache = block(x_BxTxD, layer, positions, mask, cache, keys_B)
-        return (x_BxTxD, cache), None
+            x_BxTxD, _ = block(x_BxTxD, layer, positions, mask, None, keys_B)
+        return x_BxTxD, None
 
 
 _REMAT_POLICIES = {
@@ -63,6 +63,15 @@ _REMAT_POLICIES = {
     "dots_no_batch": lambda: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload_dots": lambda: jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
+
+
+def unstack(layers: Any, config: ModelConfig) -> Sequence[Any]:
+    """The parameters of each block, in order, of the stacked `params["layers"]`; what is unstacked already stays so."""
+    if not isinstance(layers, Mapping):
+        return layers
+    repetitions = range(config.num_layers // len(config.pattern))
+    blocks = [layers[f"block_{i}"] for i in range(len(config.pattern))]
+    return tuple(jax.tree.map(lambda leaf, r=r: leaf[r], block) for r in repetitions for block in blocks)
 
 
 class Transformer(nn.Module):
@@ -159,11 +168,20 @@ class Transformer(nn.Module):
         if config.dropout and keys is not None:
             x = dropout(x, config.dropout, fold_name(keys, "embedding"))
         x = nn.with_logical_constraint(x, ("batch", "sequence", "act_embed"))
-        index = jnp.arange(config.num_layers // len(config.pattern))
-        (x, cache), _ = self.layers((x, cache), index, positions, mask or Mask(), keys)
         if cache is not None:
-            cache = cache.advance(T)
-        return self.final_norm(x), cache
+            x, cache = self._through_cache(x, positions, cache, keys)
+            return self.final_norm(x), cache.advance(T)
+        index = jnp.arange(config.num_layers // len(config.pattern))
+        x, _ = self.layers(x, index, positions, mask or Mask(), keys)
+        return self.final_norm(x), None
+
+    def _through_cache(self, x: Array, positions: Array, cache: Cache, keys: Array | None) -> tuple[Array, Cache]:
+        """The blocks one by one, each on its own arrays: a loop over stacked ones would copy them at every step."""
+        config = self.config
+        for layer, params in enumerate(unstack(self.variables["params"]["layers"], config)):
+            block = Block(config, config.pattern[layer % len(config.pattern)], parent=None)
+            x, cache = block.apply({"params": params}, x, layer, positions, Mask(), cache, keys)
+        return x, cache
 
     def unembed(self, hidden: Array) -> Array:
         """The output layer: hidden [..., D] -> logits [..., padded vocabulary] float32, padded ones hidden."""
