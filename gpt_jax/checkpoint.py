@@ -562,13 +562,14 @@ def _restore_exactly(folder: pathlib.Path, abstract: Any, what: str) -> Any:
 
 def _check_fit(arrays: Mapping[str, Any], leaves: Mapping[str, Any], what: str) -> None:
     """Raises a UserError listing where stored arrays and wanted leaves differ in name, shape or dtype."""
-    differences = [f"{n} is only in the checkpoint" for n in arrays if n not in leaves]
-    differences += [f"{n} is only in this run{nearest(n, arrays)}" for n in leaves if n not in arrays]
+    differences = []
     for name in leaves:
         if name in arrays:
             there, here = _abstract_of(arrays[name]), leaves[name]
             if (there.shape, there.dtype) != (tuple(here.shape), here.dtype):
                 differences.append(f"{name} is {_show(there)} there and {_show(here)} here")
+    differences += [f"{n} is only in the checkpoint" for n in arrays if n not in leaves]
+    differences += [f"{n} is only in this run{nearest(n, arrays)}" for n in leaves if n not in arrays]
     if differences:
         raise DoesNotFit(f"{what} does not fit this run: {_some(differences, '; ', 4)}.")
 

@@ -289,7 +289,7 @@ SAVES = """
 
 def test_kills_during_saves_and_deletions_never_leave_an_unreadable_checkpoint(folder):
     draw = random.Random(0)
-    for _ in range(6):
+    for _ in range(4):
         command = [sys.executable, "-c", textwrap.dedent(SAVES), str(folder)]
         process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE)
         for _ in range(draw.randint(2, 5)):
@@ -361,38 +361,47 @@ def test_a_full_device_is_one_sentence_and_loses_nothing(tmp_path):
 # ---- other meshes
 
 
-MESHES = """
-    import sys, jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from gpt_jax.checkpoint import Checkpointer
-    folder, action, shape = sys.argv[1], sys.argv[2], tuple(map(int, sys.argv[3].split("x")))
-    mesh = jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
-    specs = {"w": P("fsdp", "tensor"), "r": P(), "b": P("tensor"), "keys": P("fsdp")}
-    values = {"w": jax.random.normal(jax.random.key(0), (16, 24)), "r": jnp.arange(7.0), "b": jnp.arange(8),
-              "keys": jax.random.split(jax.random.key(5), 8)}
-    shardings = {k: NamedSharding(mesh, s) for k, s in specs.items()}
+SHAPES = {"w": ((16, 24), "float32"), "r": ((7,), "float32"), "b": ((8,), "int32")}
+SPECS = {"w": jax.P("fsdp", "tensor"), "r": jax.P(), "b": jax.P("tensor"), "keys": jax.P("fsdp")}
+
+
+def on_mesh(rows, columns):
+    devices = np.array(jax.devices()[: rows * columns]).reshape(rows, columns)
+    mesh = jax.sharding.Mesh(devices, ("fsdp", "tensor"))
+    values = {k: jax.random.normal(jax.random.key(0), shape).astype(dtype) for k, (shape, dtype) in SHAPES.items()}
+    values["keys"] = jax.random.split(jax.random.key(5), 8)
+    return jax.device_put(values, {k: jax.sharding.NamedSharding(mesh, spec) for k, spec in SPECS.items()})
+
+
+@pytest.mark.parametrize(("saved", "restored"), [((1, 1), (2, 4)), ((8, 1), (1, 1)), ((2, 4), (4, 2))], ids=str)
+def test_a_checkpoint_restores_onto_any_mesh(folder, saved, restored):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs eight devices")
+    state, wanted = on_mesh(*saved), on_mesh(*restored)
     with Checkpointer(folder) as saver:
-        if action == "save":
-            saver.save(1, jax.device_put(values, shardings))
-        else:
-            wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in values.items()}
-            back = saver.restore(None, wanted)
-            for k in values:
-                assert back[k].sharding.is_equivalent_to(shardings[k], values[k].ndim), k
-            values["keys"], back["keys"] = jax.random.key_data(values["keys"]), jax.random.key_data(back["keys"])
-            for k in values:
-                assert np.asarray(back[k]).tobytes() == np.asarray(values[k]).tobytes(), k
-            print(len(back["w"].sharding.device_set), "devices")
-"""
+        saver.save(1, state)
+        saver.wait()
+        back = saver.restore(None, abstract(wanted))
+    assert bits(back) == bits(state)
+    for name, leaf in back.items():
+        assert leaf.sharding.is_equivalent_to(wanted[name].sharding, leaf.ndim), name
 
 
-def test_a_checkpoint_restores_onto_any_mesh(folder, tmp_path):
-    run_python(MESHES, folder, "save", "1x1", devices=1)
-    assert "8 devices" in run_python(MESHES, folder, "restore", "2x4", devices=8).stdout
-    other = tmp_path / "other"
-    run_python(MESHES, other, "save", "8x1", devices=8)
-    assert "1 devices" in run_python(MESHES, other, "restore", "1x1", devices=1).stdout
-    assert "8 devices" in run_python(MESHES, other, "restore", "4x2", devices=8).stdout
+def test_a_process_with_one_device_reads_what_eight_wrote(folder):
+    state = on_mesh(2, 4)
+    with Checkpointer(folder) as saver:
+        saver.save(1, state)
+    code = """
+        import sys, jax, numpy as np
+        from gpt_jax.checkpoint import restore
+        assert len(jax.devices()) == 1
+        shapes = {"w": ((16, 24), "float32"), "r": ((7,), "float32"), "b": ((8,), "int32")}
+        wanted = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+        wanted["keys"] = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+        w = restore(sys.argv[1], None, wanted)
+        print(np.asarray(w["w"]).tobytes().hex())
+    """
+    assert run_python(code, folder).stdout.strip() == np.asarray(state["w"]).tobytes().hex()
 
 
 # ---- what does not fit

@@ -1,0 +1,223 @@
+"""`gpt-jax train` continued after kills, on other devices, with changes. At length: scripts/stress_resume.py."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gpt_jax.checkpoint import Checkpointer, list_steps
+from gpt_jax.errors import UserError
+from gpt_jax.resume import continued_state
+from gpt_jax.step import TrainState
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def stress():
+    spec = importlib.util.spec_from_file_location("stress_resume", ROOT / "scripts" / "stress_resume.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- the state, without a loop
+
+
+def make_state(tx, value, ema=False):
+    params = {"model": {"w": jnp.full((3, 2), float(value)), "b": jnp.full((2,), float(value))}}
+    average = jax.tree.map(lambda x: x + 0.5, params) if ema else None
+    return TrainState(
+        step=jnp.int32(value),
+        params=params,
+        frozen={},
+        opt_state=jax.tree.map(lambda x: jnp.full_like(x, value), tx.init(params)),
+        ema=average,
+        skipped=jnp.zeros(2, jnp.int32),
+    )
+
+
+def adam(schedule=lambda count: 0.1):
+    return optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(schedule))
+
+
+def momentum(schedule=lambda count: 0.1):
+    return optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(schedule))
+
+
+@pytest.fixture
+def saver(tmp_path):
+    with Checkpointer(tmp_path) as saver:
+        saver.save(7, make_state(adam(), 7))
+        saver.wait()
+        yield saver
+
+
+def continue_with(saver, state, changed):
+    lines = []
+    abstract = jax.eval_shape(lambda: state)
+    return continued_state(saver, 7, abstract, lambda: state, changed, lines.append), lines
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_new_learning_rate_keeps_the_optimizer_state(saver):
+    state, lines = continue_with(saver, make_state(adam(), 0), {"optimizer.learning_rate": [1, 2]})
+    assert_equal(state, make_state(adam(), 7))
+    assert not lines
+
+
+def test_another_optimizer_starts_afresh_from_the_weights_with_the_schedule_where_it_was(saver):
+    state, lines = continue_with(saver, make_state(momentum(), 0), {"optimizer.name": ["adamw", "sgd"]})
+    kept = make_state(adam(), 7)
+    assert_equal(state.params, kept.params)
+    assert state.step == 7
+    trace, schedule = state.opt_state
+    assert_equal(trace, make_state(momentum(), 0).opt_state[0])
+    assert schedule.count == 7
+    assert "its optimizer state at step 7 is not used" in lines[0]
+
+
+def test_another_optimizer_of_the_same_form_starts_afresh_too(saver):
+    state, _ = continue_with(saver, make_state(adam(), 0), {"optimizer.name": ["adamw", "lamb"]})
+    assert_equal(state.opt_state[0], make_state(adam(), 0).opt_state[0])
+    assert state.opt_state[1].count == 7
+
+
+def test_an_average_turned_on_starts_at_the_weights(saver):
+    state, lines = continue_with(saver, make_state(adam(), 0, ema=True), {"optimizer.ema": [0.0, 0.9]})
+    assert_equal(state.ema, make_state(adam(), 7).params)
+    assert "its average of the weights" in lines[0]
+
+
+def test_parameters_that_do_not_fit_are_an_error_whatever_changed(saver):
+    wrong = make_state(momentum(), 0)
+    wrong.params["model"]["w"] = jnp.zeros((4, 2))
+    for changed in ({}, {"optimizer.name": ["adamw", "sgd"]}):
+        with pytest.raises(UserError, match="params/model/w is float32"):
+            continue_with(saver, wrong, changed)
+    with pytest.raises(UserError, match="does not fit"):
+        continue_with(saver, make_state(momentum(), 0), {"data.skip": []})
+
+
+# ---- the command
+
+
+@pytest.mark.slow
+def test_a_killed_training_run_is_bitwise_the_uninterrupted_one(stress, tmp_path):
+    found = stress.check_kills(tmp_path, kills=4, steps=100, seed=1, say=print)
+    assert found["bitwise"] and found["kills"] == 4 and found["unreadable"] == 0 and found["in_a_save"] >= 1
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_one_and_eight_devices(stress, tmp_path):
+    found = stress.check_devices(tmp_path, half=15)
+    assert len(found) == 4 and all(difference <= 1e-5 for difference in found.values()), found
+
+
+@pytest.mark.slow
+def test_skipped_batches_leave_exactly_the_others_also_after_a_kill(stress, tmp_path):
+    found = stress.check_skip(tmp_path, (40, 50), 60)
+    assert found["skip_in_order"] and found["skip_given_later"] and found["skip_killed_at"] > 0
+
+
+@pytest.fixture(scope="module")
+def begun(stress, tmp_path_factory):
+    """A finished run of 10 steps with a checkpoint each 5; tests copy nothing but must leave its rows as they are."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    stress.train(workdir, {"steps": 10})
+    return workdir
+
+
+def gpt_jax(stress, workdir, settings=(), flags=()):
+    before = workdir.with_suffix(".log").stat().st_size if workdir.with_suffix(".log").exists() else 0
+    code = stress.start(workdir, dict(settings), flags=flags).wait()
+    with open(workdir.with_suffix(".log")) as log:
+        log.seek(before)
+        return types.SimpleNamespace(code=code, lines=log.read().strip().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "flags", "expected"),
+    [
+        ({"optimizer.learning_rate": 0.5}, [], "optimizer.learning_rate: 0.001 -> 0.5"),
+        ({"data.skip": "[(3,5)]"}, [], "data.skip: [] -> [[3, 5]]"),
+        ({"model.d_model": 64}, ["--accept-changes"], "cannot be continued with another model.d_model: 32 -> 64"),
+        ({"steps": "ten"}, [], "config key 'steps' takes a whole number"),
+    ],
+    ids=["learning_rate", "skip", "d_model", "mistyped"],
+)
+def test_refused_changes_are_one_line_and_exit_1(stress, begun, settings, flags, expected):
+    rows = stress.values(begun)
+    done = gpt_jax(stress, begun, {"steps": 10} | settings, flags)
+    assert done.code == 1
+    assert done.lines[-1].startswith("gpt-jax: ") and expected in done.lines[-1]
+    assert not any("Traceback" in line for line in done.lines)
+    assert stress.values(begun) == rows
+
+
+@pytest.mark.slow
+def test_more_steps_and_another_optimizer_go_on_from_the_same_rows(stress, begun):
+    rows = stress.values(begun)
+    settings = {"steps": 15, "optimizer.name": "adafactor", "log.console_every_steps": 1}
+    done = gpt_jax(stress, begun, settings, ["--accept-changes"])
+    assert done.code == 0, done.lines
+    assert any("changed (accepted) optimizer.name: 'adamw' -> 'adafactor'" in line for line in done.lines)
+    assert any("starts afresh" in line for line in done.lines)
+    assert stress.values(begun)[:10] == rows and len(stress.values(begun)) == 15
+    history = [json.loads(line) for line in (begun / "history.jsonl").read_text().splitlines()]
+    (change,) = [entry for entry in history if entry["event"] == "change"]
+    assert change["step"] == 10 and change["changes"]["optimizer.name"] == ["adamw", "adafactor"]
+    assert json.loads(done.lines[-1])["step"] == 15
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_with_the_good_one_and_exit_1(stress, tmp_path):
+    workdir = tmp_path / "run"
+    stress.train(workdir, {"steps": 10})
+    assert list_steps(workdir / "checkpoints") == [5, 10]
+    for file in (workdir / "checkpoints" / "10" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-7])
+    done = gpt_jax(stress, workdir, {"steps": 20})
+    assert done.code == 1 and "checkpoint 10" in done.lines[-1] and "newest good one is 5" in done.lines[-1]
+    advice = done.lines[-1].split("delete ")[1].split(" to go on")[0]
+    subprocess.run(["rm", "-r", advice], check=True)
+    assert gpt_jax(stress, workdir, {"steps": 20}).code == 0
+    assert [row["step"] for row in stress.values(workdir)] == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_75_and_a_second_run_in_the_workdir_is_refused(stress, tmp_path):
+    workdir = tmp_path / "run"
+    process = stress.start(workdir, {"steps": 100_000, "checkpoint.every_steps": 3})
+    stress.wait_for(lambda: stress.latest(workdir / "checkpoints") > 0, process, 120)
+    second = gpt_jax(stress, workdir, {"steps": 100_000})
+    assert second.code == 1
+    line = next(line for line in second.lines if line.startswith("gpt-jax: "))
+    assert f"in use by process {process.pid}" in line
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    rows = stress.values(workdir)
+    assert rows[-1]["step"] == stress.latest(workdir / "checkpoints")
+
+
+def test_the_stress_script_says_what_it_takes():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "scripts" / "stress_resume.py"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "--kills" in done.stdout
