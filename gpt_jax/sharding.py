@@ -108,6 +108,11 @@ def is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.Partitioned)
 
 
+def unbox(boxed: Any) -> Any:
+    """Returns the plain parameters of a boxed tree; where they lie is `param_shardings`' to say, not the boxes'."""
+    return jax.tree.map(lambda leaf: leaf.value if is_boxed(leaf) else leaf, boxed, is_leaf=is_boxed)
+
+
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Returns the NamedSharding of each parameter of a (abstract) boxed tree, as a tree of plain leaves."""
 

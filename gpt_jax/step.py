@@ -21,7 +21,7 @@ from flax import struct
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, nearest
 from gpt_jax.objectives.base import Objective
 from gpt_jax.optim import Optimizer
 from gpt_jax.sharding import (
@@ -33,6 +33,7 @@ from gpt_jax.sharding import (
     param_shardings,
     path_name,
     state_shardings,
+    unbox,
 )
 
 EVALUATION = 0x7FFFFFFF  # stands where the step does in the row keys of an evaluation
@@ -114,9 +115,8 @@ def cut(tree: Any, n: int) -> Any:
 def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, microbatches: int) -> Array:
     """sum_k coef_k S_k / W_k: 0 where W_k is 0; terms that are not sums over rows are averaged over micro-batches."""
     total = jnp.zeros((), jnp.float32)
+    check_terms(objective, sums, totals)
     for term, coef in objective.coefs.items():
-        if term not in sums:
-            raise UserError(f"the objective has a coefficient for {term!r}, but its loss has only: {', '.join(sums)}.")
         if isinstance(coef, (int, float)) and coef == 0:
             continue
         value = coef(step) if callable(coef) else coef
@@ -125,6 +125,28 @@ def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, micr
         else:
             total += value * ratio(sums[term], totals[term])
     return total
+
+
+def check_terms(objective: Objective, sums: dict, totals: dict) -> None:
+    """Raises UserError for a term that lacks its loss, its weights or its coefficient."""
+    coefs = objective.coefs
+    for term in coefs:
+        if term not in sums:
+            raise UserError(
+                f"the objective has a coefficient for {term!r}{nearest(term, sums)}, "
+                f"but its loss has only: {', '.join(sums)}."
+            )
+        if term not in totals and term not in objective.batch_terms:
+            raise UserError(
+                f"the objective's prepare sets no weights for its term {term!r}{nearest(term, totals)}; "
+                f"it sets: {', '.join(totals) or 'none'}."
+            )
+    for term in sums:
+        if term not in coefs:
+            raise UserError(
+                f"the objective's loss has a term {term!r} without a coefficient (0 leaves it out); "
+                f"coefs has: {', '.join(coefs)}."
+            )
 
 
 def ratio(total: Array, weight: Array) -> Array:
@@ -200,7 +222,7 @@ def gradients(
 
     values = {"loss": loss}
     for term, value in sums.items():
-        plain = value / microbatches if term in objective.batch_terms else ratio(value, totals.get(term, jnp.zeros(())))
+        plain = value / microbatches if term in objective.batch_terms else ratio(value, totals[term])
         values[f"loss/{term}"] = plain
     values |= {name: ratio(value, weight) for name, (value, weight) in metrics.items()}
     return loss, values, grads
@@ -257,7 +279,7 @@ class TrainStep:
     @contextlib.contextmanager
     def context(self):
         """The mesh and the rules that constraints on activations inside the model refer to."""
-        with self.mesh, nn.logical_axis_rules(self.rules):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
             yield
 
 
@@ -306,7 +328,7 @@ def build_train_step(
     shardings = split(param_shardings(boxed, mesh, rules), frozen)
 
     def init(key: Array) -> TrainState:
-        trained, fixed = split(nn.unbox(objective.init(key, dummy)), frozen)
+        trained, fixed = split(unbox(objective.init(key, dummy)), frozen)
         trained, fixed = (lax.with_sharding_constraint(t, s) for t, s in zip((trained, fixed), shardings, strict=True))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -339,7 +361,7 @@ def build_train_step(
             microbatches=microbatches,
             active=active_microbatches(state.step) if active_microbatches and microbatches > 1 else None,
         )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
@@ -411,7 +433,9 @@ def build_eval_step(step: TrainStep, batch_spec: Any, *, seed: int = 0) -> Calla
         batch = objective.prepare(batch, keys, jnp.zeros((), jnp.int32))
         sums, metrics = objective.loss(params, batch, keys, False)
         totals = {term: jnp.sum(weight, dtype=jnp.float32) for term, weight in objective.weights(batch).items()}
-        out = {f"loss/{term}": (value, totals.get(term, jnp.ones(()))) for term, value in sums.items()}
+        for term in objective.batch_terms:
+            totals[term] = jnp.ones(())
+        out = {f"loss/{term}": (value, totals[term]) for term, value in sums.items()}
         return out | dict(metrics)
 
     replicated = NamedSharding(step.mesh, PartitionSpec())

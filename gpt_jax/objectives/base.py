@@ -95,8 +95,8 @@ class Objective(abc.ABC):
         return batch["weights"]
 
     def num_rows(self, batch: Batch) -> int:
-        """Returns the number of row keys that a batch needs."""
-        return jax.tree.leaves(batch)[0].shape[0]
+        """Returns the number of row keys that a batch needs: the rows of its largest part."""
+        return max(leaf.shape[0] for leaf in jax.tree.leaves(batch))
 
     @classmethod
     def build(cls, options: Mapping[str, Any], setting: Setting) -> Objective:
