@@ -50,9 +50,10 @@ SMALL = {
     "checkpoint.every_steps": 5,
     "log.tensorboard": False,
     "sample.prompts": "()",
+    "objective": "{'name': 'causal_lm'}",
 }
-PLAIN = {"objective": "{'name': 'causal_lm'}"}  # of nothing but parameters and batch
-STILL = PLAIN | {"optimizer.learning_rate": 0.0, "model.dropout": 0.0}
+REWEIGHTED = {"objective": "{'name': 'causal_lm', 'reweight': 'perplexity', 'z_loss': 1e-4}"}
+STILL = {"optimizer.learning_rate": 0.0, "model.dropout": 0.0}  # the loss is a function of the batch alone
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
@@ -142,7 +143,7 @@ def wait_for(condition: Callable[[], bool], process: Any, seconds: float) -> Non
 
 def check_kills(folder: pathlib.Path, kills: int, steps: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Compares a run killed again and again with one left alone."""
-    settings = {"steps": steps}
+    settings = REWEIGHTED | {"steps": steps}
     train(folder / "alone", settings)
     found = kill_and_resume(folder / "killed", settings, kills, random.Random(seed), say)
     expected, got = values(folder / "alone"), values(folder / "killed")
@@ -155,7 +156,7 @@ def check_devices(folder: pathlib.Path, half: int) -> dict[str, Any]:
     A second pair of runs has a learning rate of 0 and no dropout: there the loss is a function of the batch alone.
     """
     found: dict[str, Any] = {}
-    for name, settings in (("moved", PLAIN), ("batches", STILL)):
+    for name, settings in (("moved", {}), ("batches", STILL)):
         for before, after in ((1, 8), (8, 1)):
             alone, moved = folder / f"{name}_{before}", folder / f"{name}_{before}_{after}"
             train(alone, settings | {"steps": 2 * half}, devices=before)
