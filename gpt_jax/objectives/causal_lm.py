@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt_jax.errors import choose
+from gpt_jax.errors import UserError, choose
 from gpt_jax.losses import chunked_cross_entropy, cross_entropy
 from gpt_jax.model import Mask, Transformer
 from gpt_jax.objectives.base import Batch, Objective, Params, Setting, check_options, text_spec
@@ -57,6 +57,23 @@ class CausalLM(Objective):
 
     def __post_init__(self) -> None:
         choose("objective.reweight", self.reweight, REWEIGHTINGS)
+        for name, ok, allowed in (
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("loss_chunk", self.loss_chunk >= 0, "0 or more tokens"),
+            ("tau", self.tau > 0, "above 0"),
+            (
+                "clip",
+                self.clip == () or (len(self.clip) == 2 and 0 <= self.clip[0] <= self.clip[1]),
+                "(low, high) or ()",
+            ),
+            (
+                "band",
+                self.band == () or (len(self.band) == 2 and 0 <= self.band[0] < self.band[1] <= 1),
+                "two rising quantiles in [0, 1], or ()",
+            ),
+        ):
+            if not ok:
+                raise UserError(f"objective.{name} is {getattr(self, name)!r}; it must be {allowed}.")
 
     @classmethod
     def build(cls, options: Mapping[str, Any], setting: Setting) -> CausalLM:

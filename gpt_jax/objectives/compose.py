@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.random import fold_name
 from gpt_jax.objectives.base import Batch, Objective, Params, Setting, build_objective, check_options
 from gpt_jax.options import option
+from gpt_jax.sharding import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class _Composition(Objective):
         roots: Params = {}
         for name, child in self.children.items():
             for root, tree in child.init(key, self._part(batch, name)).items():
-                if root in roots and jax.tree.structure(roots[root]) != jax.tree.structure(tree):
+                if root in roots and _shapes(roots[root]) != _shapes(tree):
                     raise UserError(f"objective {name!r} shares the root {root!r}, but its parameters differ.")
                 roots.setdefault(root, tree)
         return roots
@@ -96,12 +98,13 @@ class _Composition(Objective):
             for name, child in self.children.items()
         }
 
-    def num_rows(self, batch: Batch) -> int:
-        return max(child.num_rows(self._part(batch, name)) for name, child in self.children.items())
-
     def _keys(self, child: Objective, part: Batch, keys: Array, name: str) -> Array:
         # A child's rows are the first of the batch's, also within a micro-batch, which takes every n-th row.
         return fold_name(keys[: child.num_rows(part)], name)
+
+
+def _shapes(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
+    return [(path_name(path), jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 @dataclasses.dataclass(frozen=True)

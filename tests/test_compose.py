@@ -1,0 +1,203 @@
+"""Mixture and Sum: terms named child/term, shared roots, own keys; objectives by name and by import path."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from helpers import assert_trees_equal, relative, text_batch, tiny
+from toys import SIZE, Bigram
+
+from gpt_jax.errors import UserError
+from gpt_jax.objectives.base import REGISTRY, Setting, build_objective, describe_options, objective_class
+from gpt_jax.objectives.causal_lm import CausalLM
+from gpt_jax.objectives.compose import Mixture, Sum
+from gpt_jax.step import gradients, row_keys
+
+SETTING = Setting(model=tiny(), steps=50, batch_size=8, context_length=12)
+
+
+def batch_of(seed=0, rows=8):
+    return text_batch(rows=rows, seed=seed, vocab=SIZE)
+
+
+def params_of(objective, batch, seed=0):
+    boxed = objective.init(jax.random.key(seed), jax.tree.map(lambda x: x[:1], batch))
+    return jax.tree.map(np.asarray, nn.unbox(boxed))
+
+
+def run(objective, batch, params=None, step=3):
+    """(loss, metrics, gradient) through the train step's own function."""
+    params = params or params_of(objective, batch)
+    frozen = jax.tree.map(lambda x: None, params)
+    out = jax.jit(lambda p, b: gradients(objective, p, frozen, b, step=jnp.int32(step), seed=0, microbatches=1))
+    return jax.device_get(out(params, batch))
+
+
+def test_a_sum_is_the_weighted_sum_of_its_children_on_one_batch_with_shared_parameters():
+    batch = batch_of()
+    a, b = Bigram({"lm": 1.0, "some": 0.0}, rate=0.0), Bigram({"lm": 0.0, "some": 4.0}, rate=0.0)
+    both = Sum({"a": a, "b": b}, {"a": 3.0, "b": 0.25})
+    params = params_of(both, batch)
+    assert_trees_equal(params, params_of(a, batch))  # one root, "model"
+    assert both.coefs == {"a/lm": 3.0, "a/some": 0.0, "b/lm": 0.0, "b/some": 1.0}
+    loss, metrics, grads = run(both, batch, params)
+    assert float(loss) == pytest.approx(3 * metrics["loss/a/lm"] + metrics["loss/b/some"], rel=1e-6)
+    assert {"a/nll", "b/nll", "loss/a/some"} <= set(metrics)
+    only_a, only_b = run(Sum({"a": a}), batch, params), run(Sum({"b": b}), batch, params)
+    expected = jax.tree.map(lambda x, y: 3 * x + 0.25 * y, only_a[2], only_b[2])
+    assert relative(grads, expected) < 1e-6
+
+
+def test_a_childs_draws_depend_on_its_name_and_not_on_its_siblings():
+    batch = batch_of()
+    params = params_of(Bigram(), batch)
+    alone = run(Sum({"a": Bigram()}), batch, params)[1]
+    pair = run(Sum({"first": Bigram(), "a": Bigram()}), batch, params)[1]
+    for term in ("loss/a/lm", "loss/a/some", "a/nll"):
+        assert pair[term] == alone[term]
+    assert pair["loss/first/some"] != pair["loss/a/some"]  # siblings alike but for the name draw for themselves
+    beside = {"a": batch, "other": batch_of(1, rows=16)}
+    mixed = run(Mixture({"other": Bigram(), "a": Bigram()}, rows={"other": 16, "a": 8}), beside, params)[1]
+    assert mixed["loss/a/some"] == pytest.approx(float(alone["loss/a/some"]), rel=1e-6)
+
+
+def test_a_mixture_gives_each_child_its_own_rows_and_divides_each_by_its_own_weight():
+    batch = {"a": batch_of(0, rows=4), "b": batch_of(1, rows=8)}
+    mixture = Mixture({"a": Bigram(rate=0.0), "b": Bigram(rate=0.0)}, {"b": 2.0}, rows={"a": 4, "b": 8})
+    params = params_of(mixture, batch)
+    loss, metrics, _ = run(mixture, batch, params)
+    for name, part in batch.items():
+        logits = (params["model"]["table"] @ params["model"]["out"])[part["tokens"]].astype(np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nll = -np.take_along_axis(log_p, part["targets"][..., None], -1)[..., 0]
+        by_hand = np.sum(nll * part["target_weights"]) / np.sum(part["target_weights"])
+        assert metrics[f"loss/{name}/lm"] == pytest.approx(by_hand, rel=1e-5)
+    terms = [metrics[f"loss/{n}"] for n in ("a/lm", "a/some", "b/lm", "b/some")]
+    assert float(loss) == pytest.approx(np.dot([1, 0.5, 2, 1], terms), rel=1e-6)
+    assert mixture.batch_spec(12, 12)["b"]["tokens"].shape == (8, 12)
+    assert mixture.batch_spec(24, 12)["a"]["tokens"].shape == (8, 12)
+
+
+def test_schedules_of_coefficients_are_multiplied_by_the_childs():
+    child = Bigram({"lm": 1.0, "some": lambda step: 0.5 * step})
+    coefs = Sum({"a": child}, {"a": 3.0}).coefs
+    assert coefs["a/lm"] == 3.0 and coefs["a/some"](4) == 6.0
+    two = Sum({"a": child, "b": Bigram({"lm": 1.0, "some": lambda step: step})}, {"b": 10.0}).coefs
+    assert (two["a/some"](2), two["b/some"](2)) == (1.0, 20.0)  # each its own, not the last one's
+
+
+def test_roots_that_are_shared_must_be_the_same_tree():
+    @dataclasses.dataclass(frozen=True)
+    class Wider(Bigram):
+        def init(self, key, batch):
+            leaf = nn.Partitioned(jnp.zeros((SIZE, 2 * SIZE)), ("vocab", "embed"))
+            return {"model": super().init(key, batch)["model"] | {"table": leaf}}
+
+    with pytest.raises(UserError, match="objective 'b' shares the root 'model', but its parameters differ"):
+        params_of(Sum({"a": Bigram(), "b": Wider()}), batch_of())
+
+
+def test_frozen_and_batch_terms_are_those_of_the_children():
+    class Fixed(Bigram):
+        frozen = ("reference/.*",)
+        batch_terms = frozenset({"some"})
+
+    both = Sum({"a": Bigram(), "b": Fixed()})
+    assert both.frozen == ("reference/.*",) and both.batch_terms == {"b/some"}
+
+
+def test_scores_of_the_children_that_need_them_reach_their_own_weights():
+    from gpt_jax.model import Transformer
+
+    model = Transformer(tiny(num_layers=1))
+    plain, tilted = CausalLM(model), CausalLM(model, reweight="perplexity", clip=())
+    batch = text_batch()
+    both = Sum({"plain": plain, "tilted": tilted})
+    params = params_of(both, batch)
+    metrics = run(both, batch, params)[1]
+    assert both.needs_scores and not Sum({"plain": plain}).needs_scores
+    assert metrics["loss/plain/lm"] == pytest.approx(float(run(plain, batch, params)[1]["loss/lm"]), rel=1e-6)
+    assert metrics["loss/tilted/lm"] == pytest.approx(float(run(tilted, batch, params)[1]["loss/lm"]), rel=1e-6)
+    assert metrics["loss/tilted/lm"] > metrics["loss/plain/lm"]  # the harder samples weigh more
+
+
+def test_keys_of_a_childs_rows_are_the_same_in_every_micro_batch():
+    mixture = Mixture({"a": Bigram(), "b": Bigram()}, rows={"a": 4, "b": 8})
+    keys = row_keys(0, 3, jnp.arange(8))
+    batch = {"a": batch_of(0, rows=4), "b": batch_of(1)}
+    whole = mixture._keys(mixture.children["a"], batch["a"], keys, "a")
+    pieces = [
+        mixture._keys(mixture.children["a"], jax.tree.map(lambda x, j=j: x[j::2], batch["a"]), keys[j::2], "a")
+        for j in range(2)
+    ]
+    data = jax.random.key_data
+    assert (data(whole)[0::2] == data(pieces[0])).all() and (data(whole)[1::2] == data(pieces[1])).all()
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_registered_objective_can_be_imported_and_described():
+    for name in REGISTRY:
+        assert objective_class(name).__name__
+        lines = describe_options({"name": name}).splitlines()
+        assert lines and all("  # " in line for line in lines)
+
+
+def test_objectives_are_built_by_name_or_import_path_with_their_options():
+    built = build_objective({"name": "causal_lm", "z_loss": 0.5}, SETTING)
+    assert isinstance(built, CausalLM) and built.z_loss == 0.5 and built.model.config == SETTING.model
+    assert built.alpha_warmup_steps == 5  # a tenth of the run
+    own = build_objective({"name": "toys:Bigram", "rate": 0.5}, SETTING)
+    assert isinstance(own, Bigram) and own.rate == 0.5
+    assert own.coefs == {"lm": 1.0, "some": 0.5}
+
+
+def test_compositions_are_built_from_nested_tables():
+    spec = {
+        "name": "mixture",
+        "tasks": {
+            "text": {"name": "causal_lm", "rows": 6},
+            "toy": {
+                "name": "sum",
+                "rows": 2,
+                "coef": 3.0,
+                "terms": {"x": {"name": "toys:Bigram"}, "y": {"name": "toys:Bigram", "coef": 2.0}},
+            },
+        },
+    }
+    mixture = build_objective(spec, SETTING)
+    assert mixture.coefs == {
+        "text/lm": 1.0,
+        "toy/x/lm": 3.0,
+        "toy/x/some": 1.5,
+        "toy/y/lm": 6.0,
+        "toy/y/some": 3.0,
+    }
+    assert mixture.batch_spec(8, 12)["text"]["tokens"].shape == (6, 12)
+    assert mixture.batch_spec(8, 12)["toy"]["tokens"].shape == (2, 12)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "causal_ml"}, r"objective\.name is 'causal_ml' \(did you mean 'causal_lm'\?\)"),
+        ({"name": "causal_lm", "z_los": 1.0}, r"'objective\.z_los' \(did you mean 'z_loss'\?\)"),
+        ({"z_loss": 1.0}, "the objective has no 'name'"),
+        ({"name": "nowhere:Thing"}, "cannot import 'nowhere:Thing'"),
+        ({"name": "toys:Bigrm"}, "cannot import 'toys:Bigrm'"),
+        ({"name": "toys:Bigram", "rat": 0.1}, r"'objective\.rat' \(did you mean 'rate'\?\); Bigram takes"),
+        ({"name": "causal_lm", "reweight": "perplex"}, r"objective\.reweight is 'perplex' \(did you mean"),
+        ({"name": "mixture"}, "objective.tasks is empty"),
+        ({"name": "sum"}, "objective.terms is empty"),
+        ({"name": "mixture", "tasks": {"a": {"name": "causal_lm", "rows": 7}}}, r"sum to 7 .* not to batch_size=8"),
+        ({"name": "sum", "terms": {"a": {"name": "causal_lm", "aplha": 1.0}}}, r"did you mean 'alpha'"),
+    ],
+)
+def test_mistakes_are_one_line_naming_the_closest_name(spec, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_objective(spec, SETTING)
+    assert "\n" not in str(error.value)
