@@ -173,13 +173,16 @@ def main() -> None:
                 f"{workers} worker(s): {found['mb_per_s']:6.2f} MB/s, {found['seconds']:6.1f} s in all, "
                 f"peak {found['peak_mb']:,.0f} MB, {found['tokens']:,} tokens"
             )
-        cache = folder / "killed"
-        shutil.rmtree(cache, ignore_errors=True)
-        longest = max(2.0, 0.5 * found["seconds"])
-        report["kills"] = run_killed(corpus, tokenizer, cache, args.workers[-1], args.kills, longest)
-        prints.add(fingerprint(cache))
+        if args.kills:
+            cache = folder / "killed"
+            shutil.rmtree(cache, ignore_errors=True)
+            longest = max(2.0, 0.5 * found["seconds"])
+            report["kills"] = run_killed(corpus, tokenizer, cache, args.workers[-1], args.kills, longest)
+            prints.add(fingerprint(cache))
         report["identical"] = len(prints) == 1
-        print(f"killed {report['kills']} times: stores are {'identical' if report['identical'] else 'DIFFERENT'}")
+        print(
+            f"killed {report.get('kills', 0)} times: stores are {'identical' if report['identical'] else 'DIFFERENT'}"
+        )
         for name, doc_mask in (("packed", False), ("doc_mask", True)):
             report[f"loader_{name}_tokens_per_s"] = round(loader_speed(cache, corpus, tokenizer, doc_mask))
             print(f"loader alone, {name}: {report[f'loader_{name}_tokens_per_s']:,} tokens/s")
