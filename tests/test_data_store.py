@@ -332,6 +332,14 @@ def test_token_file_of_nanogpt_is_read_in_place(tmp_path):
     assert split.num_bytes == 3 + 6 + 5 and split.num_documents == 3
 
 
+def test_token_file_is_counted_once(tmp_path, monkeypatch):
+    np.array([97, 98, 256], np.uint16).tofile(tmp_path / "a.bin")
+    first = open_token_file(tmp_path / "a.bin", TOKENIZER, tmp_path / "memo")
+    monkeypatch.setattr("gpt_jax.data.store._count", None)
+    again = open_token_file(tmp_path / "a.bin", TOKENIZER, tmp_path / "memo")
+    assert (first.num_bytes, first.num_documents) == (again.num_bytes, again.num_documents) == (2, 1)
+
+
 def test_token_file_of_another_tokenizer_and_broken_ones_are_refused(tmp_path):
     np.array([1, 300], np.uint16).tofile(tmp_path / "a.bin")
     with pytest.raises(UserError, match=r"a\.bin holds token 300, but the tokenizer \(byte\) has 257"):

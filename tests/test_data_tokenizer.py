@@ -53,12 +53,12 @@ def random_texts(count, seed=0):
 
 @pytest.fixture(scope="module")
 def prose():
-    """About 150 kB of python_docs."""
+    """About 80 kB of python_docs."""
     texts, size = [], 0
     for _, text in iter_documents("python_docs"):
         texts.append(text)
         size += len(text)
-        if size > 150_000:
+        if size > 80_000:
             return texts
 
 

@@ -126,7 +126,7 @@ def open_texts(
     opened = []
     for text, corpus in zip(texts, corpora, strict=True):
         if corpus is None:
-            opened.append(_open_prebuilt(text, tokenizer))
+            opened.append(_open_prebuilt(text, tokenizer, root))
         else:
             key = cache.content_hash([_VERSION, corpus.identity, tokenizer.hash])
             path = root / "stores" / key
@@ -150,14 +150,14 @@ def _is_prebuilt(path: str) -> bool:
     return bool(path) and (is_token_file(path) or is_store(expand_variables(path)))
 
 
-def _open_prebuilt(text: Text, tokenizer: Tokenizer) -> tuple[dict[str, Split], dict[str, Any]]:
+def _open_prebuilt(text: Text, tokenizer: Tokenizer, root: pathlib.Path) -> tuple[dict[str, Split], dict[str, Any]]:
     path = expand_variables(text.path)
     if is_store(path):
         store = open_store(path, tokenizer)
         return store.splits, {"store": path, **store.manifest["corpus"]}
-    splits = {"train": open_token_file(path, tokenizer)}
+    splits = {"train": open_token_file(path, tokenizer, root / "corpora")}
     if text.valid_path:
         if not is_token_file(text.valid_path):
             raise UserError(f"data.path is a token file, so data.valid_path must be one, not {text.valid_path!r}.")
-        splits["valid"] = open_token_file(expand_variables(text.valid_path), tokenizer)
+        splits["valid"] = open_token_file(expand_variables(text.valid_path), tokenizer, root / "corpora")
     return splits, {"tokens_file": path, "tokens": splits["train"].num_tokens}

@@ -15,11 +15,12 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from gpt_jax.data.cache import file_sha256
+from gpt_jax.data.cache import file_sha256, remembered
 from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
 
@@ -29,21 +30,32 @@ SPLITS = ("train", "valid")
 ARRAYS = {"tokens": None, "starts": "<u8", "bytes": "<u8"}  # dtype of tokens: the manifest's
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Split:
     """The tokens of a split, as one stream: EOT document EOT document ...
 
-    Attributes:
+    Args:
       tokens: integers [num_tokens], read lazily.
-      starts: where documents begin, ascending [num_documents].
+      starts: where documents begin, ascending [num_documents]; or a function that finds them, called when needed.
       num_bytes: bytes of the original text.
       eot: the id that begins every document, or None.
+      num_documents: if known without `starts`.
     """
 
-    tokens: np.ndarray
-    starts: np.ndarray
-    num_bytes: int
-    eot: int | None
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray | Callable[[], np.ndarray],
+        num_bytes: int,
+        eot: int | None,
+        num_documents: int | None = None,
+    ):
+        self.tokens, self.num_bytes, self.eot = tokens, num_bytes, eot
+        self._starts, self._num_documents = starts, num_documents
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """Where documents begin, ascending [num_documents]."""
+        return self._starts() if callable(self._starts) else self._starts
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +63,7 @@ class Split:
 
     @property
     def num_documents(self) -> int:
-        return len(self.starts)
+        return len(self.starts) if self._num_documents is None else self._num_documents
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns `count` tokens from `start` on, int32, going round at the end of the stream."""
@@ -168,32 +180,58 @@ def is_token_file(path: str) -> bool:
     return path.strip().endswith(".bin")
 
 
-def open_token_file(path: str | pathlib.Path, tokenizer: Tokenizer) -> Split:
+_BLOCK = 1 << 24  # tokens read at a time
+
+
+def open_token_file(path: str | pathlib.Path, tokenizer: Tokenizer, memo: pathlib.Path | None = None) -> Split:
     """Reads nanoGPT's .bin (uint16 tokens, an EOT after each document) in place.
 
     Its stream is the same as a store's, only begun elsewhere in the circle. The number of bytes is that of the tokens.
+
+    Args:
+      path: the file.
+      tokenizer: that made it.
+      memo: folder where counts are remembered, as `remembered`; a large file takes a while to count.
 
     Raises:
       UserError: missing, empty, or holding an id that the tokenizer has not.
     """
     path = pathlib.Path(path)
     try:
-        size = path.stat().st_size
+        stat = path.stat()
     except OSError:
         raise UserError(f"data path {str(path)!r}: no such file.") from None
-    if size == 0 or size % 2:
-        raise UserError(f"{path} has {size} bytes: not a file of uint16 tokens.")
+    if stat.st_size == 0 or stat.st_size % 2:
+        raise UserError(f"{path} has {stat.st_size} bytes: not a file of uint16 tokens.")
     tokens = np.memmap(path, "<u2", "r")
-    starts, num_bytes, block = [], 0, 1 << 24
-    for at in range(0, len(tokens), block):
-        part = np.asarray(tokens[at : at + block])
-        if part.max() >= tokenizer.vocab_size:
-            raise UserError(
-                f"{path} holds token {part.max()}, but the tokenizer ({tokenizer.kind}) has {tokenizer.vocab_size}: "
-                "another one made it; set data.tokenizer."
-            )
-        num_bytes += int(tokenizer.byte_lengths[part].sum(dtype=np.int64))
-        if tokenizer.eot is not None:
-            starts.append(np.flatnonzero(part == tokenizer.eot) + at)
-    found = np.concatenate(starts) if starts else np.zeros(1, np.int64)
-    return Split(tokens, found.astype("<u8") if len(found) else np.zeros(1, "<u8"), num_bytes, tokenizer.eot)
+    key = f"tokens {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {tokenizer.hash}"
+    found = remembered(memo, key, lambda: _count(tokens, tokenizer))
+    if found["largest"] >= tokenizer.vocab_size:
+        raise UserError(
+            f"{path} holds token {found['largest']}, but the tokenizer ({tokenizer.kind}) has "
+            f"{tokenizer.vocab_size}: another one made it; set data.tokenizer."
+        )
+    if not found["eots"]:
+        return Split(tokens, np.zeros(1, "<u8"), found["bytes"], tokenizer.eot)
+    starts = functools.partial(_positions, tokens, tokenizer.eot)
+    return Split(tokens, starts, found["bytes"], tokenizer.eot, found["eots"])
+
+
+def _count(tokens: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the largest id of a token file, the bytes its tokens stand for, and its EOTs."""
+    counts = np.zeros(1 << 16, np.int64)
+    for at in range(0, len(tokens), _BLOCK):
+        counts += np.bincount(tokens[at : at + _BLOCK], minlength=len(counts))
+    lengths = tokenizer.byte_lengths[: len(counts)].astype(np.int64)
+    eots = 0 if tokenizer.eot is None or tokenizer.eot >= len(counts) else int(counts[tokenizer.eot])
+    return {
+        "largest": int(np.flatnonzero(counts)[-1]),
+        "bytes": int((counts[: len(lengths)] * lengths).sum()),
+        "eots": eots,
+    }
+
+
+def _positions(tokens: np.ndarray, token: int) -> np.ndarray:
+    """Returns where a token stands, uint64."""
+    blocks = range(0, len(tokens), _BLOCK)
+    return np.concatenate([np.flatnonzero(tokens[at : at + _BLOCK] == token) + at for at in blocks]).astype("<u8")
