@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -36,14 +37,19 @@ class Corpus:
     Attributes:
       name: as told to the user.
       read: yields (id, text); adds what it reads to the Progress it is given.
+      identify: computes the fingerprint.
       fingerprint: {'corpus': ..., 'sha256': ...} and what else identifies it; a function of the content alone.
       total_bytes: stored bytes that `read` goes through, for the ETA; 0 if not known.
     """
 
     name: str
     read: Callable[[Progress], Iterator[Document]]
-    fingerprint: dict[str, Any]
+    identify: Callable[[], dict[str, Any]]
     total_bytes: int = 0
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        return self.identify()
 
     def documents(self, progress: Progress | None = None) -> Iterator[Document]:
         """Yields (id, text) of every document that is not empty; raises UserError if there is none."""
@@ -182,14 +188,17 @@ def _embedded_corpus(name: str, memo: pathlib.Path | None) -> Corpus:
             "sha256": digest.hexdigest(),
         }
 
-    found = cache.remembered(memo, str(path), fingerprint) if memo is not None else fingerprint()
+    total = 0
+    if memo is not None:
+        found = cache.remembered(memo, str(path), fingerprint)
+        fingerprint, total = (lambda: found), found["bytes"]
 
     def counted(progress: Progress) -> Iterator[Document]:
         for name, text in read():
             progress.done += len(text.encode("utf-8"))
             yield name, text
 
-    return Corpus(name, counted, found, found["bytes"])
+    return Corpus(name, counted, fingerprint, total)
 
 
 def _file_corpus(paths: str, text_key: str, memo: pathlib.Path | None) -> Corpus:
@@ -214,7 +223,7 @@ def _file_corpus(paths: str, text_key: str, memo: pathlib.Path | None) -> Corpus
         for file in files:
             yield from read_documents(file, text_key, progress)
 
-    return Corpus(paths, read, fingerprint, total)
+    return Corpus(paths, read, lambda: fingerprint, total)
 
 
 def _hugging_face_corpus(name: str, text_key: str) -> Corpus:
@@ -237,4 +246,4 @@ def _hugging_face_corpus(name: str, text_key: str) -> Corpus:
             yield f"{dataset}:{number}", row[text_key] or ""
 
     fingerprint = {"corpus": name, "documents": len(table), "sha256": cache.content_hash(table._fingerprint)}
-    return Corpus(name, read, fingerprint, len(table))
+    return Corpus(name, read, lambda: fingerprint, len(table))
