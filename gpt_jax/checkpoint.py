@@ -248,6 +248,13 @@ def read_metadata(path: str | os.PathLike, step: int | None = None) -> dict[str,
         return _read_manifest(folder / str(step))["metadata"]
 
 
+def list_arrays(path: str | os.PathLike, step: int | None = None) -> list[str]:
+    """Returns the names of the arrays in a checkpoint, frozen parameters left out."""
+    folder, step = find_checkpoint(path, step)
+    with _naming_the_good_one(folder, step):
+        return list(_read_manifest(folder / str(step))["arrays"])
+
+
 def restore(path: str | os.PathLike, step: int | None, abstract_state: Any) -> Any:
     """Reads a whole state.
 

@@ -8,7 +8,10 @@ import pathlib
 import tempfile
 from typing import Any
 
-from gpt_jax.checkpoint import find_checkpoint, load_params, read_metadata
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.checkpoint import find_checkpoint, list_arrays, load_params, read_metadata
 from gpt_jax.config import Config, resolve
 from gpt_jax.data import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError, choose
@@ -36,21 +39,39 @@ def load(path: str | os.PathLike, *, step: int | None = None, weights: str = "au
 
     Args:
       path: where. step: which checkpoint; None is the newest.
-      weights: raw | ema | auto (the moving average where the run kept one).
+      weights: raw | ema | average (of a schedule-free optimizer) | auto (an average where the run kept one).
 
     Raises:
       UserError: nothing there, or it is damaged.
     """
-    choose("weights", weights, ("auto", "raw", "ema"))
+    choose("weights", weights, ("auto", "raw", "ema", "average"))
     folder, step = find_checkpoint(path, step)
     metadata = read_metadata(folder, step)
     config = resolve(metadata["config"])
-    if weights == "ema" and not config.optimizer.ema:
-        raise UserError(f"weights is 'ema', but the run in {str(path)!r} kept no average (optimizer.ema=0).")
-    root = "ema" if config.optimizer.ema and weights != "raw" else "params"
-    params = load_params(folder, None, root=root, step=step)
-    model = Transformer(config.model)
-    return Loaded(model, params["model"], _tokenizer(metadata), config, step, params)
+    params = _params(folder, step, weights)
+    return Loaded(Transformer(config.model), params["model"], _tokenizer(metadata), config, step, params)
+
+
+def _params(folder: pathlib.Path, step: int, weights: str) -> dict[str, Any]:
+    """The parameters that evaluation and sampling read, as `TrainState.eval_params` chooses them."""
+    names = list_arrays(folder, step)
+    average = next((n.removesuffix("/weight_sum") for n in names if n.endswith("/weight_sum")), None)
+    has_ema = any(n.startswith("ema/") for n in names)
+    if weights == "ema" and not has_ema:
+        raise UserError(f"weights is 'ema', but the run in {str(folder)!r} kept no average (optimizer.ema is 0).")
+    if weights == "average" and average is None:
+        raise UserError(f"weights is 'average', but the optimizer of the run in {str(folder)!r} keeps none.")
+    if average is not None and weights in ("average", "auto"):  # x = (y - (1 - b1) z) / b1, of optax's schedule_free
+        y, z = load_params(folder, root="params", step=step), load_params(folder, root=f"{average}/z", step=step)
+        b1 = load_params(folder, {"b1": jax.ShapeDtypeStruct((), "float32")}, root=average, step=step)["b1"]
+        latest = dict(jax.tree_util.tree_leaves_with_path(z))
+
+        def mean(path: Any, y: jax.Array) -> jax.Array:
+            z = latest.get(path, y)  # frozen parameters are their own average
+            return jnp.where(y == z, y, (y - (1.0 - b1) * z) / b1)
+
+        return jax.tree_util.tree_map_with_path(mean, y)
+    return load_params(folder, root="ema" if has_ema and weights != "raw" else "params", step=step)
 
 
 def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:

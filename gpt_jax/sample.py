@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-import numpy as np
-
 from gpt_jax.errors import UserError
-from gpt_jax.generation import Sampling, stream_batch
+from gpt_jax.generation import batches_by_length, check_prompts, stream_batch
 from gpt_jax.loading import Loaded, load
+from gpt_jax.sampling import Sampling
 
 _CHUNK = 8  # tokens between two looks at the stop strings and the terminal
 
@@ -22,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("--workdir", required=True, help="the run, or one of its checkpoints")
     parser.add_argument("--step", type=int, default=None, help="checkpoint; default: the newest")
-    parser.add_argument("--weights", default="auto", help="raw | ema | auto")
+    parser.add_argument("--weights", default="auto", help="raw | ema | average | auto")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given more than once")
     parser.add_argument("--prompts-file", default="", metavar="FILE", help="prompts, one a line; '-' is standard input")
+    parser.add_argument("--interactive", action="store_true", help="read a prompt a line and answer each as it comes")
     parser.add_argument("--max-tokens", type=int, default=100, help="tokens generated per prompt")
     parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
@@ -39,14 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
-    prompts = read_prompts(args.prompt, args.prompts_file)
-    run = load(args.workdir, step=args.step, weights=args.weights)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    repeated = [prompt for prompt in prompts for _ in range(max(1, args.num_samples))]
+    if args.num_samples < 1:
+        raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1.")
+    if args.interactive and (args.json or args.prompt or args.prompts_file or args.num_samples > 1):
+        raise UserError("--interactive takes its prompts from standard input: one text each, without --json.")
+    prompts = [] if args.interactive else read_prompts(args.prompt, args.prompts_file)
+    run = load(args.workdir, step=args.step, weights=args.weights)
+    settings = dict(max_tokens=args.max_tokens, sampling=sampling, stop=args.stop)
+    if args.interactive:
+        for number, line in enumerate(_typed_lines()):
+            continue_texts(run, [line], seed=args.seed + number, live=sys.stdout, **settings)
+        return 0
+    repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
     live = sys.stdout if len(repeated) == 1 and not args.json else None
-    texts = continue_texts(
-        run, repeated, max_tokens=args.max_tokens, sampling=sampling, stop=args.stop, seed=args.seed, live=live
-    )
+    texts = continue_texts(run, repeated, seed=args.seed, live=live, **settings)
     if args.json:
         rows = [{"prompt": p, "text": t} for p, t in zip(repeated, texts, strict=True)]
         print(json.dumps({"workdir": args.workdir, "step": run.step, "samples": rows}, ensure_ascii=False))
@@ -54,6 +62,17 @@ def main(args: argparse.Namespace) -> int:
         for prompt, text in zip(repeated, texts, strict=True):
             print(f"{prompt}{text}\n---")
     return 0
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines of standard input; on a terminal with a mark that asks for one."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
 
 
 def read_prompts(given: Sequence[str], file: str) -> list[str]:
@@ -91,24 +110,29 @@ def continue_texts(
     eot = run.tokenizer.eot
     begin = [] if eot is None else [eot]
     ids = [begin + run.tokenizer.encode(prompt).tolist() for prompt in prompts]
+    ids = check_prompts(run.model, ids, max_tokens, eot)
     writers = [_Writer(run.tokenizer, stop, live if row == 0 else None) for row in range(len(ids))]
-    chunks = stream_batch(
-        run.model,
-        run.params,
-        ids,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        eot=eot,
-        seeds=[seed + row for row in range(len(ids))],
-        chunk=_CHUNK if live is not None or stop else 0,
-    )
-    for number, (tokens, _, _) in enumerate(chunks):
-        if live is not None and number == 0:
+    for rows in batches_by_length(ids):
+        chunks = stream_batch(
+            run.model,
+            run.params,
+            [ids[row] for row in rows],
+            max_tokens=max_tokens,
+            sampling=sampling,
+            eot=eot,
+            seeds=[seed + row for row in rows],
+            chunk=_CHUNK if live is not None or any(stop) else 0,
+        )
+        if live is not None and rows[0] == 0:
             live.write(prompts[0])
-        for row, writer in zip(np.asarray(tokens).tolist(), writers, strict=True):
-            writer.push(row, eot)
-        if all(writer.ended for writer in writers):
-            break
+            live.flush()
+        ended = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                tokens, _, _ = chunks.send(ended)
+                for row, new in zip(rows, tokens.tolist(), strict=True):
+                    writers[row].push(new, eot)
+                ended = [writers[row].ended for row in rows]
     return [writer.finish() for writer in writers]
 
 
