@@ -92,7 +92,7 @@ def run(corpus: pathlib.Path, tokenizer: str, cache: pathlib.Path, workers: int)
     rates = [float(m[1]) for line in lines if (m := re.search(r"([\d.]+) MB/s", line))]
     return {
         "seconds": round(time.monotonic() - began, 1),
-        "mb_per_s": rates[-1],
+        "mb_per_s": rates[-1] if rates else 0.0,
         "peak_mb": round(peak / 1e6, 1),
         "tokens": json.loads(lines[-1])["tokens"]["train"],
     }
@@ -100,20 +100,34 @@ def run(corpus: pathlib.Path, tokenizer: str, cache: pathlib.Path, workers: int)
 
 def run_killed(
     corpus: pathlib.Path, tokenizer: str, cache: pathlib.Path, workers: int, kills: int, longest: float
-) -> int:
-    """Starts `gpt-jax data` and kills its process group at random moments, then lets it end; returns the kills."""
-    draw, done = random.Random(0), 0
-    for _ in range(kills):
+) -> list[int]:
+    """Starts `gpt-jax data`, kills its process group at random moments of the build, then lets it end.
+
+    Returns the chunks that were finished at each kill.
+    """
+    draw, chunks = random.Random(0), []
+    while len(chunks) < kills:
+        before = chunks[-1] if chunks else 0
         process = start(corpus, tokenizer, cache, workers)
+        while finished_chunks(cache) <= before and process.poll() is None:
+            time.sleep(0.1)
         try:
-            process.communicate(timeout=draw.uniform(1.0, longest))
+            process.communicate(timeout=draw.uniform(0, longest))
             break
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            done += 1
+        if not finished_chunks(cache):
+            break  # the build was over
+        chunks.append(finished_chunks(cache))
     run(corpus, tokenizer, cache, workers)
-    return done
+    return chunks
+
+
+def finished_chunks(cache: pathlib.Path) -> int:
+    """Returns how many chunks the journal of the unfinished store counts; 0 if there is none."""
+    journals = list(cache.glob("stores/*.partial/journal.jsonl"))
+    return journals[0].read_text().count("\n") - 1 if journals else 0
 
 
 def fingerprint(cache: pathlib.Path) -> str:
@@ -176,7 +190,7 @@ def main() -> None:
         if args.kills:
             cache = folder / "killed"
             shutil.rmtree(cache, ignore_errors=True)
-            longest = max(2.0, 0.5 * found["seconds"])
+            longest = 0.7 * found["seconds"] / args.kills
             report["kills"] = run_killed(corpus, tokenizer, cache, args.workers[-1], args.kills, longest)
             prints.add(fingerprint(cache))
         report["identical"] = len(prints) == 1
