@@ -1,14 +1,21 @@
 """The conformance kit: does an objective, ours or yours, keep the contract? Does a model keep its promises?
 
     check_objective(MyObjective(model), batch)
+    check_module(model)
 
-runs on CPU; devices are compared where there are several (XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates
-eight). Each failure is a sentence: which property broke, and by how much.
+It runs on CPU, through the real train step; devices are compared where there are several
+(XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates eight). Each failure is a sentence that begins with the
+property that broke and says by how much.
+
+Parameters are moved off their initial values by noise: at a head of zeros, or a LoRA whose B is 0, most gradients are 0
+and would agree whatever the bug.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,12 +25,17 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from gpt_jax.errors import UserError
 from gpt_jax.model import Cache, Mask, ModelConfig, Transformer
 from gpt_jax.objectives.base import Objective
 from gpt_jax.sharding import make_mesh, path_name
-from gpt_jax.step import build_train_step, gradients, split
+from gpt_jax.step import TrainStep, build_train_step, row_keys, split
 
-TOLERANCE = 2e-5  # of float32 sums taken in another order, relative to the largest value
+TOLERANCE = 2e-5  # of float32 sums taken in another order, relative
+NOISE = 0.02
+STEP = 3  # the step at which everything is evaluated
+
+_VALUE_ASKED = (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +43,9 @@ class Report:
     """What a check found.
 
     Attributes:
-      failures: a sentence for each property that broke. without_gradient: names of trained parameters whose gradient is
-        0 everywhere: right for some (a head that this batch does not use), a bug for others.
+      failures: a sentence for each property that broke; it begins with the property's name.
+      without_gradient: names of trained parameters whose gradient is 0 everywhere: right for some (a head that this
+        batch does not use), a bug for others.
       skipped: properties that could not be checked here, and why.
     """
 
@@ -42,22 +55,35 @@ class Report:
 
 
 class ContractBroken(AssertionError):
-    """Raised with every failure in its message, a line each."""
+    """Raised with every failure in its message, a line each; `report` has them apart."""
+
+    def __init__(self, what: str, report: Report) -> None:
+        super().__init__("\n".join([what, *report.failures]))
+        self.report = report
 
 
-def check_objective(objective: Objective, batch: Any, *, microbatches: int = 2, seed: int = 0) -> Report:
+def check_objective(
+    objective: Objective, batch: Any, *, microbatches: int = 2, seed: int = 0, tolerance: float = TOLERANCE
+) -> Report:
     """Runs the contract of `gpt_jax.objectives.base` on an objective.
 
-    Checked: finite loss and gradients; the same result twice; n micro-batches give the gradient of one, with uneven
-    numbers of targets and with dropout as the model has it; several devices give that of one; rows of weight 0 have no
-    effect; a coefficient of 0 leaves the other terms' values; one compilation for all batches.
+    The properties, by the name that a failure begins with:
+      one compilation: nothing asks for a value while it is traced; three batches at three steps compile once.
+      finite: loss, metrics and gradient.
+      deterministic: the same batch under the same key gives the same bits, traced again too.
+      total: the loss is the coef-weighted sum of the terms' values.
+      micro-batches: n of them, with uneven numbers of targets, give the loss and gradient of one.
+      devices: several give the loss and gradient of one.
+      row keys: rows in another order, each with its own key, give the same sums: no draw knows a row's place.
+      padding: what stands where the weight is 0 has no effect, and rows of weight 0 are as if they were not there.
+      coefficients: 0 for a term leaves the bits of the other terms' values.
+    Terms in `batch_terms` are no sums over rows and are exempt from micro-batches and padding.
 
     Args:
       objective: the plug-in.
-      batch: as the data delivers it, NumPy; its rows must divide by `microbatches` and by the devices. Where it has
-        'target_weights' [B, T], they are thinned unevenly.
-      microbatches: pieces to compare with the whole.
-      seed: of parameters and draws.
+      batch: as the data delivers it, NumPy, with rows that `microbatches` divides. Where it has 'target_weights' they
+        are thinned unevenly. An objective that looks to the right needs 'segment_ids' (0 is padding) in it too.
+      microbatches: pieces to compare with the whole. seed: of parameters and draws. tolerance: relative.
 
     Returns:
       The Report.
@@ -65,238 +91,409 @@ def check_objective(objective: Objective, batch: Any, *, microbatches: int = 2, 
     Raises:
       ContractBroken: with a sentence for each property that broke.
     """
-    batch = jax.tree.map(np.asarray, _thinned(batch))
-    state = _build(objective, batch, 1, 1, seed).init(seed)
-    params = jax.device_get(state.all_params)
-    once = _evaluate(objective, params, batch, seed, 1)
-    failures, skipped = _finite(once), []
-
-    again = _evaluate(objective, params, batch, seed, 1)
-    if gap := _gap(once, again):
-        failures.append(f"not deterministic: the same batch under the same key twice differs by {gap:.2g}.")
-
-    pieces = _evaluate(objective, params, batch, seed, microbatches)
-    if (gap := _gap(_by_rows(objective, once), _by_rows(objective, pieces))) > TOLERANCE:
+    failures: list[str] = []
+    skipped: list[str] = []
+    batch = _thinned(jax.tree.map(np.asarray, batch))
+    try:
+        step = _build(objective, batch, seed)
+        params = _general_position(step, seed)
+        once = _evaluate(step, params, batch)
+    except _VALUE_ASKED as error:
         failures.append(
-            f"{microbatches} micro-batches are not the whole batch: loss or gradient differ by {gap:.2g} "
-            "(a mean taken inside `loss`, or a draw that depends on a row's place in its micro-batch?)."
+            f"one compilation: {_method_of(error)} asks for the value of an array that is only traced, so each batch "
+            f"would need a compilation of its own: {str(error).splitlines()[0]}"
         )
+        raise _broken(objective, failures) from None
+    if not once.finite:
+        raise _broken(objective, _not_finite(objective, step, params, batch, once, seed))
 
-    rows = objective.num_rows(batch)
-    devices = max(n for n in (1, 2, 4, 8) if n <= len(jax.devices()) and rows % n == 0)
+    failures += _deterministic(objective, step, params, batch, once, seed)
+    failures += _total(objective, once, tolerance)
+    failures += _row_keys(objective, params, batch, seed, tolerance)
+    rows = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+    if any(n % microbatches for n in rows):
+        skipped.append(f"micro-batches: {microbatches} do not divide the rows")
+    else:
+        pieces = _evaluate(_build(objective, batch, seed, microbatches=microbatches), params, batch)
+        if (gap := _gap(_without_batch_terms(objective, once), _without_batch_terms(objective, pieces))) > tolerance:
+            failures.append(
+                f"micro-batches: {microbatches} of them are not the whole batch, loss or gradient differ by {gap:.2g} "
+                "(a mean taken inside `loss`, or a draw that depends on a row's place?)."
+            )
+    devices = max(n for n in range(1, len(jax.devices()) + 1) if all(r % n == 0 for r in rows))
     if devices == 1:
-        skipped.append("several devices: there is one here, or the rows do not divide")
+        skipped.append("devices: there is one here, or the rows do not divide")
     else:
-        spread = _on_devices(objective, params, batch, seed, devices)
-        if (gap := abs(spread - float(once[0])) / max(abs(float(once[0])), 1e-6)) > TOLERANCE:
-            failures.append(f"{devices} devices are not one: the loss differs by {gap:.2g}, relative.")
-
-    padded = _without_second_half(batch)
-    if padded is None:
+        spread = _evaluate(_build(objective, batch, seed, devices=devices), params, batch)
+        if (gap := _gap(once, spread)) > tolerance:
+            failures.append(f"devices: {devices} are not one, loss or gradient differ by {gap:.2g}.")
+    if any(name.rpartition("/")[2] == "target_weights" for name in _names(batch)):
+        failures += _padding(objective, step, params, batch, seed, tolerance)
+    else:
         skipped.append("padding: the batch has no 'target_weights'")
-    else:
-        noisy, half = padded
-        a = _evaluate(objective, params, half, seed, 1)
-        b = _evaluate(objective, params, noisy, seed, 1)
-        if not objective.batch_terms and (gap := _gap(a[:1] + a[2:], b[:1] + b[2:])) > TOLERANCE:
-            failures.append(f"padding leaks: rows of weight 0 change loss or gradient by {gap:.2g}.")
-
-    failures += _zero_coefficients(objective, params, batch, seed, once)
-    failures += _one_compilation(objective, batch, seed)
+    failures += _coefficients(objective, params, batch, seed)
+    failures += _one_compilation(step, params, batch)
     if failures:
-        raise ContractBroken("\n".join([f"{type(objective).__name__} breaks the contract:", *failures]))
-    zero = [path_name(p) for p, g in jax.tree_util.tree_leaves_with_path(once[2]) if not np.any(np.asarray(g))]
+        raise _broken(objective, failures)
+    zero = [path_name(p) for p, g in jax.tree_util.tree_leaves_with_path(once.gradient) if not np.any(g)]
     return Report((), tuple(zero), tuple(skipped))
 
 
-def check_module(config: ModelConfig, *, length: int = 12, seed: int = 0) -> Report:
-    """Checks a model: no token sees a later one; cached decoding is the full forward pass; packed documents are alone.
+def check_module(
+    model: nn.Module | ModelConfig,
+    *,
+    params: Any = None,
+    vocab_size: int = 0,
+    length: int = 12,
+    make_cache: Callable[[int, int], Any] | None = None,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> Report:
+    """Checks a model that is called as `Transformer` is.
+
+    The properties, by the name that a failure begins with:
+      causality: no logit changes by a bit with a later token.
+      cached: a prompt and then single tokens through the cache give the full pass; so does a prompt padded on the left.
+      packed: a document under `Mask(segments)` is what it is alone, and no bit of it changes with its neighbour.
 
     Args:
-      config: its config. length: tokens tried, at most max_positions. seed: of parameters and tokens.
+      model: a module, or the config of a Transformer. params: those to check; None makes some of `seed`.
+      vocab_size: of the tokens tried; 0 is model.config's. length: tokens tried, at most the model's positions.
+      make_cache: (rows, slots) -> empty cache; None is `Cache.empty` of model.config.
+      tolerance: relative to the largest logit. seed: of parameters and tokens.
 
     Raises:
       ContractBroken: with a sentence for each property that broke.
     """
-    model = Transformer(config)
+    model = Transformer(model) if isinstance(model, ModelConfig) else model
+    config = getattr(model, "config", None)
+    vocab_size = vocab_size or config.vocab_size
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, config.vocab_size, (2, length)).astype(np.int32)
-    params = nn.unbox(model.init(jax.random.key(seed), tokens))
-    run = jax.jit(lambda tokens, **kwargs: model.apply(params, tokens, **kwargs).logits)
-    full, failures = np.asarray(run(tokens)), []
+    tokens = rng.integers(0, vocab_size, (2, length)).astype(np.int32)
+    if params is None:
+        params = nn.unbox(jax.jit(model.init)(jax.random.key(seed), tokens)["params"])
+        params = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), params)
+    run = jax.jit(lambda tokens, **kwargs: model.apply({"params": params}, tokens, **kwargs))
+    full = np.asarray(run(tokens).logits)
+    scale = max(1.0, float(np.abs(full).max()))
+    failures, skipped = [], []
 
-    at = length // 2
-    changed = tokens.copy()
-    changed[:, at:] = (changed[:, at:] + 1) % config.vocab_size
-    if gap := float(np.abs(run(changed)[:, :at] - full[:, :at]).max()):
-        failures.append(f"not causal: changing tokens from {at} on changes earlier logits by {gap:.2g}.")
+    leaks = []
+    for at in range(1, length):
+        changed = tokens.copy()
+        changed[:, at:] = (changed[:, at:] + 1) % vocab_size
+        leaks.append(float(np.abs(np.asarray(run(changed).logits)[:, :at] - full[:, :at]).max()))
+    if max(leaks) != 0:
+        at = 1 + int(np.argmax(leaks))
+        failures.append(f"causality: changing the tokens from {at} on changes earlier logits by {max(leaks):.2g}.")
 
-    extend = jax.jit(lambda tokens, cache: model.apply(params, tokens, cache=cache))
-    first = extend(tokens[:, :at], Cache.empty(config, 2, length))
-    cached = [first.logits]
-    cache = first.cache
-    for t in range(at, length):
-        out = extend(tokens[:, t : t + 1], cache)
-        cached, cache = [*cached, out.logits], out.cache
-    if (gap := float(np.abs(np.concatenate(cached, axis=1) - full).max())) > 1e-4:
-        failures.append(f"cached decoding differs from the full forward pass by {gap:.2g}.")
+    if make_cache is None and config is not None:
+        make_cache = lambda rows, slots: Cache.empty(config, rows, slots)  # noqa: E731
+    if make_cache is None:
+        skipped.append("cached: the model has no config and no make_cache was given")
+    else:
+        gap = float(np.abs(_cached(run, tokens, make_cache(2, length)) - full).max()) / scale
+        if not gap <= tolerance:
+            failures.append(f"cached: decoding with the cache differs from the full pass by {gap:.2g}, relative.")
+        gap = _ragged(run, tokens, make_cache(2, length), full) / scale
+        if not gap <= tolerance:
+            failures.append(f"cached: a prompt padded on the left differs from the prompt by {gap:.2g}, relative.")
 
-    segments = np.where(np.arange(length) < at, 1, 2)[None].repeat(2, 0).astype(np.int32)
-    positions = np.where(np.arange(length) < at, np.arange(length), np.arange(length) - at)[None].repeat(2, 0)
-    packed = run(tokens, mask=Mask(segments_BxT=jnp.asarray(segments)), positions=jnp.asarray(positions))
-    alone = run(tokens[:, at:])
-    if (gap := float(np.abs(packed[:, at:] - alone).max())) > 1e-4:
-        failures.append(f"a packed document is not what it is alone: logits differ by {gap:.2g}.")
+    cut = length // 2
+    segments = np.broadcast_to(np.where(np.arange(length) < cut, 1, 2), tokens.shape).astype(np.int32)
+    positions = np.broadcast_to(
+        np.where(np.arange(length) < cut, np.arange(length), np.arange(length) - cut), (2, length)
+    )
+    packing = dict(mask=Mask(segments_BxT=segments), positions=positions.astype(np.int32))
+    packed = np.asarray(run(tokens, **packing).logits)[:, cut:]
+    gap = float(np.abs(packed - np.asarray(run(tokens[:, cut:]).logits)).max()) / scale
+    if not gap <= tolerance:
+        failures.append(f"packed: a packed document is not what it is alone, its logits differ by {gap:.2g}, relative.")
+    changed = np.where(segments == 1, (tokens + 1) % vocab_size, tokens)
+    if gap := float(np.abs(np.asarray(run(changed, **packing).logits)[:, cut:] - packed).max()):
+        failures.append(f"packed: another document in front changes a document's logits by {gap:.2g}.")
+    report = Report(tuple(failures), (), tuple(skipped))
     if failures:
-        raise ContractBroken("\n".join([f"{config} breaks its promises:", *failures]))
-    return Report(())
+        raise ContractBroken(f"{type(model).__name__} breaks its promises:", report)
+    return report
 
 
-@dataclasses.dataclass(frozen=True)
-class _WithCoefs:
-    """An objective with other coefficients."""
-
-    inner: Objective
-    coefs: Mapping[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+def _cached(run: Callable, tokens: np.ndarray, cache: Any) -> np.ndarray:
+    """Logits of half of the tokens at once, then of the others one at a time."""
+    at, pieces = tokens.shape[1] // 2, []
+    for start, end in [(0, at), *((t, t + 1) for t in range(at, tokens.shape[1]))]:
+        out = run(tokens[:, start:end], cache=cache)
+        pieces, cache = [*pieces, np.asarray(out.logits)], out.cache
+    return np.concatenate(pieces, axis=1)
 
 
-def _build(objective: Any, batch: Any, microbatches: int, devices: int, seed: int) -> Any:
-    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    return build_train_step(objective, optax.sgd(0.0), spec, mesh=mesh, microbatches=microbatches, seed=seed)
-
-
-def _evaluate(objective: Any, params: Any, batch: Any, seed: int, microbatches: int) -> tuple[Any, dict, Any]:
-    """(loss, metrics, gradient) of a batch, traced and compiled afresh."""
-    trained, frozen = split(params, objective.frozen)
-
-    def run(trained: Any, frozen: Any, batch: Any) -> Any:
-        return gradients(objective, trained, frozen, batch, step=jnp.asarray(3), seed=seed, microbatches=microbatches)
-
-    return jax.device_get(jax.jit(run)(trained, frozen, batch))
-
-
-def _by_rows(objective: Objective, result: tuple[Any, dict, Any]) -> Any:
-    """What must not depend on micro-batches: all, or without the loss's exempt terms the other terms' values."""
-    loss, metrics, grads = result
-    if not objective.batch_terms:
-        return loss, metrics, grads
-    exempt = {f"loss/{term}" for term in objective.batch_terms} | {"loss"}
-    return {name: value for name, value in metrics.items() if name not in exempt}
-
-
-def _gap(a: Any, b: Any) -> float:
-    """The largest difference, relative to the largest value of its leaf (at least a thousandth)."""
-    worst = 0.0
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        worst = max(worst, float(np.max(np.abs(x - y), initial=0.0) / max(np.max(np.abs(x), initial=0.0), 1e-3)))
+def _ragged(run: Callable, tokens: np.ndarray, cache: Any, full: np.ndarray) -> float:
+    """How far logits are off when the second row's prompt is shorter, with padding (position -1) on its left."""
+    T, short = tokens.shape[1], tokens.shape[1] // 3
+    positions = np.stack([np.arange(T), np.arange(T) - short]).astype(np.int32)
+    prompt = np.stack([tokens[0], np.concatenate([np.zeros(short, np.int32), tokens[1, : T - short]])])
+    at, worst = T // 2, 0.0
+    for start, end in [(0, at), *((t, t + 1) for t in range(at, T))]:
+        out = run(prompt[:, start:end], positions=np.maximum(positions, -1)[:, start:end], cache=cache)
+        cache, logits = out.cache, np.asarray(out.logits)
+        for t in range(start, end):
+            for row in range(2):
+                if positions[row, t] >= 0:
+                    worst = max(worst, float(np.abs(logits[row, t - start] - full[row, positions[row, t]]).max()))
     return worst
 
 
-def _finite(result: tuple[Any, dict, Any]) -> list[str]:
-    loss, metrics, grads = result
-    out = [] if np.isfinite(loss) else [f"the loss is {loss}."]
-    out += [f"the metric {name!r} is {value}." for name, value in metrics.items() if not np.isfinite(value)]
-    bad = [path_name(p) for p, g in jax.tree_util.tree_leaves_with_path(grads) if not np.isfinite(g).all()]
-    return out + ([f"the gradient is not finite in {', '.join(bad)}."] if bad else [])
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    loss: np.ndarray
+    metrics: dict[str, np.ndarray]
+    gradient: Any
+    finite: bool
 
 
-def _thinned(batch: Any) -> Any:
-    """Makes the numbers of targets uneven over the rows, wherever there are target weights."""
+def _recorder() -> optax.GradientTransformation:
+    """An optimizer that changes nothing and whose state is the last gradient: so the real train step shows it."""
 
-    def one(path: Any, leaf: Any) -> Any:
-        if path_name(path).rpartition("/")[2] != "target_weights":
-            return leaf
-        B, T = leaf.shape
-        count = np.maximum(1, np.linspace(T, 1, B).astype(int))
-        return np.asarray(leaf) * (np.arange(T) < count[:, None]).astype(np.float32)
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, tree)
 
-    return jax.tree_util.tree_map_with_path(one, batch)
+    return optax.GradientTransformation(zeros, lambda updates, state, params=None: (zeros(updates), updates))
 
 
-def _without_second_half(batch: Any) -> tuple[Any, Any] | None:
-    """(batch whose second half has weight 0 and other tokens, its first half alone), or None without weights."""
-    names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(batch)]
-    if not any(name.endswith("target_weights") for name in names):
-        return None
-
-    def blank(path: Any, leaf: Any) -> Any:
-        leaf, name = np.array(leaf), path_name(path).rpartition("/")[2]
-        half = leaf.shape[0] // 2
-        if name == "target_weights":
-            leaf[half:] = 0.0
-        elif name in ("tokens", "targets"):
-            leaf[half:] = np.flip(leaf[:half], axis=-1)[: leaf.shape[0] - half]
-        return leaf
-
-    noisy = jax.tree_util.tree_map_with_path(blank, batch)
-    return noisy, jax.tree.map(lambda x: x[: x.shape[0] // 2], noisy)
+def _build(objective: Any, batch: Any, seed: int, *, microbatches: int = 1, devices: int = 1) -> TrainStep:
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    options = dict(microbatches=microbatches, seed=seed, clip_norm=0.0)
+    try:
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        return build_train_step(objective, _recorder(), spec, mesh=mesh, **options)
+    except UserError:  # sizes of parameters that the devices do not divide: only the rows are cut
+        if devices == 1:
+            raise
+        mesh = make_mesh(data=devices, fsdp=1, devices=jax.devices()[:devices])
+        return build_train_step(objective, _recorder(), spec, mesh=mesh, **options)
 
 
-def _on_devices(objective: Any, params: Any, batch: Any, seed: int, devices: int) -> float:
-    step = _build(objective, batch, 1, devices, seed)
-    state = step.init(seed)
-    trained, frozen = split(params, (*objective.frozen, *step.optimizer.frozen))
-    state = dataclasses.replace(
-        state,
-        step=jax.device_put(np.int32(3), step.shardings.step),
-        params=jax.device_put(trained, step.shardings.params),
-        frozen=jax.device_put(frozen, step.shardings.frozen),
+def _general_position(step: TrainStep, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+
+    def moved(x: np.ndarray) -> np.ndarray:
+        return x + (NOISE * rng.normal(size=x.shape)).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(moved, jax.device_get(step.init(seed).all_params))
+
+
+def _evaluate(step: TrainStep, params: Any, batch: Any, at: int = STEP) -> _Result:
+    trained, frozen = split(params, (*step.objective.frozen, *step.optimizer.frozen))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), step.abstract)
+    state = dataclasses.replace(state, step=np.int32(at), params=trained, frozen=frozen)
+    state, metrics = step(jax.tree.map(jax.device_put, state, step.shardings), step.put(batch))
+    metrics = jax.device_get(metrics)
+    finite = metrics["skipped"] == 0 and all(np.isfinite(v) for k, v in metrics.items() if k != "lr")
+    values = {k: v for k, v in metrics.items() if k not in ("lr", "grad_norm", "skipped", "skipped_in_a_row")}
+    return _Result(values.pop("loss"), values | {"grad_norm": metrics["grad_norm"]}, state.opt_state, bool(finite))
+
+
+def _values(objective: Any) -> Callable[..., dict[str, tuple[Any, Any]]]:
+    """(params, batch, keys) -> {term: (sum, weight)}, the step's forward pass with the keys in the open."""
+
+    def run(params: Any, batch: Any, keys: Any) -> dict[str, tuple[Any, Any]]:
+        batch = objective.prepare(batch, keys, jnp.asarray(STEP))
+        if objective.needs_scores:
+            batch = objective.weigh(batch, objective.score(params, batch, keys), jnp.asarray(STEP))
+        sums, _ = objective.loss(params, batch, keys, True)
+        weights = objective.weights(batch)
+        return {term: (value, jnp.sum(weights.get(term, 1.0))) for term, value in sums.items()}
+
+    return jax.jit(run)
+
+
+def _gap(a: Any, b: Any) -> float:
+    """The largest ||a - b|| of a leaf relative to ||a||, which counts as at least a thousandth of the whole's."""
+    if isinstance(a, _Result):
+        whole = (a.loss, a.metrics), (b.loss, b.metrics)
+        return max(_gap(*whole), _gap(a.gradient, b.gradient))
+    pairs = [
+        (np.asarray(x, np.float64), np.asarray(y, np.float64))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ]
+    floor = max(1e-3 * np.sqrt(sum(np.sum(x**2) for x, _ in pairs)), 1e-12)
+    gaps = [np.linalg.norm(x - y) / max(np.linalg.norm(x), floor) for x, y in pairs]
+    return float(np.max(gaps, initial=0.0)) if np.isfinite(gaps).all() else float("inf")
+
+
+def _same_bits(a: _Result, b: _Result) -> bool:
+    pairs = zip(
+        jax.tree.leaves((a.loss, a.metrics, a.gradient)), jax.tree.leaves((b.loss, b.metrics, b.gradient)), strict=True
     )
-    return float(step(state, step.put(batch))[1]["loss"])
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
 
 
-def _zero_coefficients(objective: Any, params: Any, batch: Any, seed: int, once: Any) -> list[str]:
-    if len(objective.coefs) < 2:
+def _broken(objective: Any, failures: list[str]) -> ContractBroken:
+    return ContractBroken(f"{type(objective).__name__} breaks the contract:", Report(tuple(failures)))
+
+
+def _method_of(error: Exception) -> str:
+    names = [f.name for f in traceback.extract_tb(error.__traceback__)]
+    asked = [n for n in names if n in ("prepare", "loss", "score", "weigh", "init", "weights")]
+    return f"`{asked[-1]}`" if asked else "the objective (or a coefficient's schedule)"
+
+
+def _not_finite(objective: Any, step: TrainStep, params: Any, batch: Any, result: _Result, seed: int) -> list[str]:
+    from gpt_jax.step import gradients
+
+    trained, frozen = split(params, objective.frozen)
+    run = jax.jit(lambda p, f, b: gradients(objective, p, f, b, step=jnp.asarray(STEP), seed=seed, microbatches=1))
+    loss, metrics, grads = jax.device_get(run(trained, frozen, batch))
+    out = [] if np.isfinite(loss) else [f"finite: the loss is {loss}."]
+    out += [f"finite: {name!r} is {value}." for name, value in metrics.items() if not np.isfinite(value)]
+    bad = [path_name(p) for p, g in jax.tree_util.tree_leaves_with_path(grads) if not np.isfinite(g).all()]
+    return out + ([f"finite: the gradient is not, in {', '.join(bad)}."] if bad else [])
+
+
+def _deterministic(objective: Any, step: TrainStep, params: Any, batch: Any, once: _Result, seed: int) -> list[str]:
+    again = _evaluate(step, params, batch)
+    if not _same_bits(once, again):
+        return [f"deterministic: the same batch under the same key twice differs by {_gap(once, again):.2g}."]
+    other = _build(objective, batch, seed)
+    if other.lower().as_text() == step.lower().as_text():
         return []
+    again = _evaluate(other, params, batch)
+    if _same_bits(once, again):
+        return []
+    return [
+        f"deterministic: traced a second time, the same batch under the same key differs by {_gap(once, again):.2g} "
+        "(a draw outside jax.random, or state that a method changes?)."
+    ]
+
+
+def _total(objective: Any, once: _Result, tolerance: float) -> list[str]:
+    expected = 0.0
+    for term, coef in objective.coefs.items():
+        expected += float(coef(jnp.asarray(STEP)) if callable(coef) else coef) * float(once.metrics[f"loss/{term}"])
+    gap = abs(float(once.loss) - expected) / max(abs(expected), 1e-6)
+    return (
+        [] if gap <= tolerance else [f"total: the loss is not the weighted sum of its terms, by {gap:.2g}, relative."]
+    )
+
+
+def _without_batch_terms(objective: Any, result: _Result) -> Any:
+    """What must not depend on micro-batches: all, or without the exempt terms the other terms' values."""
+    if not objective.batch_terms:
+        return result
+    exempt = {f"loss/{term}" for term in objective.batch_terms} | {"grad_norm"}
+    return {name: value for name, value in result.metrics.items() if name not in exempt}
+
+
+def _row_keys(objective: Any, params: Any, batch: Any, seed: int, tolerance: float) -> list[str]:
+    """Turns the rows that every part of the batch has, and their keys, by one place."""
+    run = _values(objective)
+    keys = row_keys(seed, STEP, jnp.arange(objective.num_rows(batch)))
+    turned = min(leaf.shape[0] for leaf in jax.tree.leaves(batch))
+
+    def turn(x: Any) -> Any:
+        order = np.arange(x.shape[0])
+        order[:turned] = np.roll(order[:turned], 1)
+        return x[order]
+
+    straight, other = run(params, batch, keys), run(params, jax.tree.map(turn, batch), turn(keys))
     out = []
-    for term in objective.coefs:
-        changed = _WithCoefs(objective, {**objective.coefs, term: 0.0})
-        metrics = _evaluate(changed, params, batch, seed, 1)[1]
-        for other in objective.coefs:
-            gap = _gap(once[1][f"loss/{other}"], metrics[f"loss/{other}"])
-            if other != term and gap > 1e-6:
-                out.append(f"a coefficient of 0 for {term!r} changes the value of {other!r} by {gap:.2g}.")
+    for term, values in straight.items():
+        if (gap := _gap(values, other[term])) > tolerance:
+            out.append(
+                f"row keys: rows in another order, each with its own key, change the term {term!r} by {gap:.2g} "
+                "(a draw that knows a row's place, or one key for all rows?)."
+            )
     return out
 
 
-def _one_compilation(objective: Any, batch: Any, seed: int) -> list[str]:
-    traces = _count_calls(objective, "loss")
-    step = _build(traces.objective, batch, 1, 1, seed)
-    state = step.init(seed)
-    first = None
+def _names(batch: Any) -> list[str]:
+    return [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(batch)]
+
+
+def _rewrite(batch: Any, function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Any:
+    """Applies a function to each (sub-)batch that has target weights."""
+    if not isinstance(batch, Mapping):
+        return batch
+    if "target_weights" in batch:
+        return function({k: np.array(v) for k, v in batch.items()})
+    return {name: _rewrite(part, function) for name, part in batch.items()}
+
+
+def _thinned(batch: Any) -> Any:
+    """Makes the numbers of targets uneven over the rows: from all of a row down to one."""
+
+    def one(part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        B, T = part["target_weights"].shape[:2]
+        count = np.maximum(1, np.linspace(T, 1, B).astype(int))
+        hidden = np.arange(T) >= count[:, None]
+        part["target_weights"][hidden] = 0
+        if "segment_ids" in part:
+            part["segment_ids"][hidden] = 0
+        return part
+
+    return _rewrite(batch, one)
+
+
+def _padding(objective: Any, step: TrainStep, params: Any, batch: Any, seed: int, tolerance: float) -> list[str]:
+    """Other content where the weight is 0; then rows of weight 0 against no such rows."""
+    rng = np.random.default_rng(seed)
+
+    def without_half(part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        half = part["target_weights"].shape[0] // 2
+        part["target_weights"][half:] = 0
+        if "segment_ids" in part:
+            part["segment_ids"][half:] = 0
+        return part
+
+    def other_content(part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        empty = part["target_weights"] == 0
+        unseen = np.broadcast_to((empty.all(1))[:, None], empty.shape)  # nothing attends to these tokens
+        unseen = unseen | (part["segment_ids"] == 0) if "segment_ids" in part else unseen
+        for name, where in (("targets", empty), ("tokens", unseen)):
+            if name in part:
+                part[name][where] = rng.choice(part[name].ravel(), int(where.sum()))
+        return part
+
+    half = _rewrite(batch, without_half)
+    out = []
+    a, b = _evaluate(step, params, half), _evaluate(step, params, _rewrite(half, other_content))
+    if not objective.batch_terms and (gap := _gap(a, b)) > tolerance:
+        out.append(f"padding: what stands where the weight is 0 changes loss or gradient by {gap:.2g}.")
+    kept = jax.tree.map(lambda x: x[: x.shape[0] // 2], half)
+    run, keys = _values(objective), row_keys(seed, STEP, jnp.arange(objective.num_rows(half)))
+    whole, alone = run(params, half, keys), run(params, kept, keys[: objective.num_rows(kept)])
+    for term in whole:
+        values = [s / w if w else 0.0 for s, w in (map(float, whole[term]), map(float, alone[term]))]
+        gap = abs(values[0] - values[1]) / max(abs(values[1]), 1e-6)
+        if term not in objective.batch_terms and gap > tolerance:
+            out.append(f"padding: rows of weight 0 change the term {term!r} by {gap:.2g}, relative.")
+    return out
+
+
+def _with_coefs(objective: Any, coefs: Mapping[str, Any]) -> Any:
+    """The same objective with other coefficients, also where its class computes them."""
+    other = copy.copy(objective)
+    kind = type(objective)
+    object.__setattr__(other, "__class__", type(kind.__name__, (kind,), {"coefs": property(lambda self: dict(coefs))}))
+    return other
+
+
+def _coefficients(objective: Any, params: Any, batch: Any, seed: int) -> list[str]:
+    if len(objective.coefs) < 2:
+        return []
+    keys = row_keys(seed, STEP, jnp.arange(objective.num_rows(batch)))
+    whole, out = _values(objective)(params, batch, keys), []
+    for term in objective.coefs:
+        less = _values(_with_coefs(objective, {**objective.coefs, term: 0.0}))(params, batch, keys)
+        for other in objective.coefs:
+            if other != term and any(map(lambda x, y: float(x) != float(y), whole[other], less[other])):
+                gap = _gap(whole[other], less[other])
+                out.append(f"coefficients: 0 for {term!r} changes the value of {other!r} by {gap:.2g}, relative.")
+    return out
+
+
+def _one_compilation(step: TrainStep, params: Any, batch: Any) -> list[str]:
     for turn in range(3):
-        rolled = jax.tree.map(lambda x, turn=turn: np.roll(x, turn, axis=0), batch)
-        state, _ = step(state, step.put(rolled))
-        first = traces.count if first is None else first
-    if traces.count != first:
-        return [f"three batches of one shape compile more than once: `loss` was traced {traces.count} times."]
-    return []
-
-
-@dataclasses.dataclass
-class _Counted:
-    objective: Any = None
-    count: int = 0
-
-
-def _count_calls(objective: Any, method: str) -> _Counted:
-    counted = _Counted()
-    original: Callable[..., Any] = getattr(objective, method)
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            if name == method:
-                return call
-            return getattr(objective, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        counted.count += 1
-        return original(*args, **kwargs)
-
-    counted.objective = Counting()
-    return counted
+        _evaluate(step, params, jax.tree.map(lambda x, turn=turn: np.roll(x, turn, axis=0), batch), at=turn)
+    compiled = step.jitted._cache_size()
+    return [] if compiled == 1 else [f"one compilation: three batches of one shape needed {compiled}."]
