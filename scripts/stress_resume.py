@@ -106,7 +106,7 @@ def kill_and_resume(
                 wait_for(lambda: False, process, draw.uniform(0.3, 5.0))
             else:
                 wait_for(lambda b=before: latest(checkpoints) > b, process, 120)
-                wait_for(lambda: False, process, draw.uniform(0, 0.5))
+                wait_for(lambda: False, process, draw.uniform(0, 1.0))
                 if where == "in_a_save":
                     wait_for(lambda: any(checkpoints.glob(TEMPORARY)), process, 30)
                     time.sleep(draw.uniform(0, 0.02))
@@ -114,7 +114,7 @@ def kill_and_resume(
                 raise RuntimeError(workdir.with_suffix(".log").read_text()[-3000:])
             terminate = found["kills"] % 6 == 4
             process.send_signal(signal.SIGTERM if terminate else signal.SIGKILL)
-            in_a_save = any(checkpoints.glob(TEMPORARY))
+            in_a_save = where != "at_start" and any(checkpoints.glob(TEMPORARY))
         code = process.wait()
         if code == 0:
             return found

@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
+import textwrap
 import types
 
 import jax
@@ -17,6 +19,7 @@ import pytest
 
 from gpt_jax.checkpoint import Checkpointer, list_steps
 from gpt_jax.errors import UserError
+from gpt_jax.metrics import read_rows
 from gpt_jax.resume import continued_state
 from gpt_jax.step import TrainState
 
@@ -214,6 +217,74 @@ def test_sigterm_saves_and_exits_75_and_a_second_run_in_the_workdir_is_refused(s
     assert process.wait() == 75
     rows = stress.values(workdir)
     assert rows[-1]["step"] == stress.latest(workdir / "checkpoints")
+
+
+PROCESSES = """
+    import sys, time
+    import jax
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+    import jax.numpy as jnp
+    from gpt_jax.checkpoint import Checkpointer
+    from gpt_jax.metrics import MetricsWriter
+    from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, open_workdir
+
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    shardings = {"w": jax.sharding.NamedSharding(mesh, jax.P("fsdp")), "n": jax.sharding.NamedSharding(mesh, jax.P())}
+    make = lambda: {"w": jnp.arange(64.0), "n": jnp.int32(0)}
+    update = jax.jit(lambda s: {"w": s["w"] * 0.5 + jnp.mean(s["w"]), "n": s["n"] + 1}, out_shardings=shardings)
+    with open_workdir(sys.argv[3]) as run, Preemption() as stop, Checkpointer(run.checkpoints_path) as saver:
+        start = saver.latest() or 0
+        state = jax.jit(make, out_shardings=shardings)()
+        if start:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            state = saver.restore(None, shapes)
+        assert int(state["n"]) == start
+        with MetricsWriter(run.metrics_path, resume_step=start, writes=run.writes) as writer:
+            print("ready", flush=True)
+            for step in range(start + 1, int(sys.argv[4]) + 1):
+                state = update(state)
+                writer.add(step, {"train/loss": float(jnp.sum(state["w"]))})
+                stopping = stop.agreed(step)
+                if stopping or step % 20 == 0:
+                    writer.flush()
+                    saver.save(step, state)
+                if stopping:
+                    saver.wait()
+                    print("stopped", step, flush=True)
+                    sys.exit(EXIT_PREEMPTED)
+                time.sleep(0.005)
+    print("done", step)
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_agree_on_the_step_to_stop_at_and_restore_what_they_saved(tmp_path):
+    def run(steps, ask):
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        command = [sys.executable, "-c", textwrap.dedent(PROCESSES), str(port)]
+        both = [
+            subprocess.Popen([*command, rank, str(tmp_path / "run"), str(steps)], env=environment, stdout=-1, text=True)
+            for rank in "01"
+        ]
+        for process in both:
+            while process.stdout.readline() not in ("ready\n", ""):
+                pass
+        if ask:
+            both[1].send_signal(signal.SIGTERM)  # one of them is told
+        ends = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in both]
+        return [process.returncode for process in both], ends
+
+    codes, (first, second) = run(100_000, ask=True)
+    assert codes == [75, 75] and first == second and first.startswith("stopped ")
+    step = int(first.split()[1])
+    assert list_steps(tmp_path / "run" / "checkpoints")[-1] == step
+    codes, ends = run(step + 30, ask=False)
+    assert codes == [0, 0] and ends == [f"done {step + 30}"] * 2
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, step + 31))
 
 
 def test_the_stress_script_says_what_it_takes():
