@@ -168,6 +168,16 @@ def test_blocks_never_multiply_the_keys_that_the_mask_hides():
     assert flops(32, 32) < 0.3 * dense  # two blocks of keys for each block of queries
 
 
+def test_dropout_draws_anew_for_every_block_of_queries_and_every_row():
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(2))
+    zero, eye = jnp.zeros((2, 16, 1, 16)), jnp.broadcast_to(jnp.eye(16)[None, :, None], (2, 16, 1, 16))
+    variant = Variant(dropout=0.5, keys_B=keys)
+    weights = jax.jit(functools.partial(attend, mask=Mask("bidirectional"), variant=variant, block=4))
+    kept = np.asarray(weights(zero, zero, eye)[:, :, 0]) > 0
+    assert len({row.tobytes() for row in kept.reshape(32, 16)}) == 32
+    assert kept.mean() == pytest.approx(0.5, abs=0.1)
+
+
 def test_alibi_slopes_are_the_papers():
     np.testing.assert_allclose(alibi_slopes(8), [2.0**-h for h in range(1, 9)])
     np.testing.assert_allclose(alibi_slopes(16)[:3], [2**-0.5, 2**-1, 2**-1.5])
