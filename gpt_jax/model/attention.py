@@ -84,15 +84,26 @@ def attend(
 
 
 def attend_cache(
-    q_BxTxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, positions_BxT: Array, positions_BxS: Array, variant: Variant
+    q_BxTxHxK: Array, k_NxSxK: Array, v_NxSxK: Array, positions_BxT: Array, positions_BxS: Array, variant: Variant
 ) -> Array:
-    """Attention of new tokens to a cache: a key is seen if it holds a token (position >= 0) not after the query's."""
+    """Attention of new tokens to a cache: a key is seen if it holds a token (position >= 0) not after the query's.
+
+    Keys and values have one leading axis, N = B * G (see Cache): products then read them where they lie.
+    """
+    B, T, H, K = q_BxTxHxK.shape
+    N = k_NxSxK.shape[0]
+    G = N // B
     q, s = positions_BxT[:, :, None], positions_BxS[:, None, :]
     allowed_BxTxS = (s >= 0) & (s <= q)
     if variant.window is not None:
         allowed_BxTxS &= q - s < variant.window
     distance = (q - s) if variant.alibi else None
-    return _softmax_attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, allowed_BxTxS, distance, variant, 0)
+    scaled = q_BxTxHxK * jnp.asarray(1.0 / math.sqrt(K), q_BxTxHxK.dtype)
+    q_NxQxK = jnp.swapaxes(scaled, 1, 2).reshape(N, -1, K)  # Q: the query heads of a key head x T
+    scores = jnp.einsum("nqk,nsk->nqs", q_NxQxK, k_NxSxK, preferred_element_type=jnp.float32)
+    weights = _weigh(scores.reshape(B, G, H // G, T, -1), allowed_BxTxS, distance, variant, 0)
+    out = jnp.einsum("nqs,nsk->nqk", weights.reshape(N, (H // G) * T, -1).astype(v_NxSxK.dtype), v_NxSxK)
+    return jnp.swapaxes(out.reshape(B, H, T, K), 1, 2)
 
 
 def _visible(start: int, end: int, T: int, mask: Mask, variant: Variant) -> tuple[int, int]:
@@ -130,10 +141,18 @@ def _softmax_attend(q, k, v, allowed, distance, variant: Variant, block_id: int)
     G = k.shape[2]
     q = (q * jnp.asarray(1.0 / math.sqrt(K), q.dtype)).reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
+    weights = _weigh(scores, allowed, distance, variant, block_id)
+    out = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v)
+    return out.reshape(B, T, H, K)
+
+
+def _weigh(scores: Array, allowed, distance, variant: Variant, block_id: int) -> Array:
+    """Scores [B,G,R,T,S] -> attention weights of the same shape."""
+    G, R = scores.shape[1:3]
     if variant.softcap:
         scores = variant.softcap * jnp.tanh(scores / variant.softcap)
     if distance is not None:
-        slopes = jnp.asarray(alibi_slopes(H)).reshape(G, H // G, 1, 1)
+        slopes = jnp.asarray(alibi_slopes(G * R)).reshape(G, R, 1, 1)
         scores = scores - slopes * distance[:, None, None].astype(jnp.float32)
     if variant.mix_scores_HxH is not None:
         scores = _mix(scores, variant.mix_scores_HxH)
@@ -144,8 +163,7 @@ def _softmax_attend(q, k, v, allowed, distance, variant: Variant, block_id: int)
         weights = _mix(weights, variant.mix_weights_HxH)
     if variant.keys_B is not None:
         weights = dropout(weights, variant.dropout, jax.vmap(lambda k: jax.random.fold_in(k, block_id))(variant.keys_B))
-    out = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v)
-    return out.reshape(B, T, H, K)
+    return weights
 
 
 def _mix(x_BxGxRxTxS: Array, mixing_HxH: Array) -> Array:
