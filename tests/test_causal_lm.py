@@ -303,3 +303,20 @@ def test_options_out_of_range_are_refused_in_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
         CausalLM(MODEL, **options)
     assert "\n" not in str(error.value)
+
+
+def test_dropout_is_on_in_training_only():
+    objective = CausalLM(Transformer(tiny(num_layers=1, dropout=0.5)), reweight="perplexity")
+    batch = text_batch() | {"weights": {"lm": text_batch()["target_weights"]}}
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(8))
+
+    @jax.jit
+    def all_three(params, batch):
+        sums = [objective.loss(params, batch, keys, train)[0]["lm"] for train in (True, False)]
+        return sums, objective.score(params, batch, keys)["nll"]
+
+    (training, evaluation), nll = all_three(PARAMS, batch)
+    expected = np.sum(batch["target_weights"] * token_nll(False))
+    assert float(evaluation) == pytest.approx(expected, rel=1e-5)
+    assert abs(float(training) - expected) > 0.01 * expected
+    np.testing.assert_allclose(nll, token_nll(False), rtol=1e-4, atol=1e-5)

@@ -347,13 +347,14 @@ def test_dropout_keeps_the_mean_and_drops_at_its_rate():
     assert len({row.tobytes() for row in out}) == 64
 
 
-def test_every_layer_and_site_of_dropout_draws_for_itself():
+@pytest.mark.parametrize("pattern", [("dense",), ("dense", "band")])
+def test_every_layer_and_site_of_dropout_draws_for_itself(pattern):
     """All kernels are 0, so each of four branches adds dropout(1): one common draw would give two values, not five."""
-    config = tiny(dropout=0.5)
+    config = tiny(dropout=0.5, pattern=pattern)
     params = jax.tree.map(np.zeros_like, params_of(config))
-    block = params["layers"]["block_0"]
-    block["attention"]["out"]["bias"][:] = 1
-    block["mlp"]["down"]["bias"][:] = 1
+    for block in params["layers"].values():
+        block["attention"]["out"]["bias"][:] = 1
+        block["mlp"]["down"]["bias"][:] = 1
     params["final_norm"]["scale"][:] = 1
     hidden = apply_of(config)(params, tokens(), keys=row_keys(2)).hidden
     values = [len(set(np.round(np.asarray(token), 3).tolist())) for row in hidden for token in row]

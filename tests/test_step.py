@@ -414,6 +414,21 @@ def test_evaluation_draws_by_the_examples_index_so_batches_of_any_size_add_up():
     assert host(small(params, step.put(second), 0))["loss/some"] != host(parts[1])["loss/some"]
 
 
+def test_evaluation_counts_a_term_that_is_no_sum_over_rows_once_for_each_batch():
+    class Counted(Balanced):
+        def prepare(self, batch, keys, step):
+            prepared = super().prepare(batch, keys, step)
+            weights = prepared["weights"] | {"balance": prepared["target_weights"]}
+            return {**prepared, "weights": weights}
+
+    for kind in (Balanced, Counted):  # whether or not it sets weights that nothing divides by
+        step = build(kind({"lm": 1.0, "some": 0.0, "balance": 3.0}))
+        value, weight = build_eval_step(step, step.batch_spec)(step.init(0).eval_params(), step.put(batch_of()), 0)[
+            "loss/balance"
+        ]
+        assert float(weight) == 1 and float(value) > 0
+
+
 def test_evaluation_drops_nothing_and_its_padding_weighs_nothing():
     step = standard()
     params, batch = step.init(0).eval_params(), batch_of()
