@@ -117,7 +117,7 @@ def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, micr
     total = jnp.zeros((), jnp.float32)
     check_terms(objective, sums, totals)
     for term, coef in objective.coefs.items():
-        if isinstance(coef, (int, float)) and coef == 0:
+        if is_off(coef):
             continue
         value = coef(step) if callable(coef) else coef
         if term in objective.batch_terms:
@@ -125,6 +125,11 @@ def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, micr
         else:
             total += value * ratio(sums[term], totals[term])
     return total
+
+
+def is_off(coef: Any) -> bool:
+    """Whether a coefficient is the constant 0: its term is left out when tracing."""
+    return isinstance(coef, (int, float)) and coef == 0
 
 
 def check_terms(objective: Objective, sums: dict, totals: dict) -> None:
@@ -195,7 +200,8 @@ def gradients(
 
     def piece_loss(params: Any, piece: Any, keys: Array) -> tuple[Array, tuple[dict, dict]]:
         sums, metrics = objective.loss(join(params, frozen), piece, keys, True)
-        return total_loss(objective, sums, totals, step, microbatches), (sums, metrics)
+        total = total_loss(objective, sums, totals, step, microbatches)
+        return total, ({term: value for term, value in sums.items() if not is_off(objective.coefs[term])}, metrics)
 
     grad = jax.value_and_grad(piece_loss, has_aux=True)
     if microbatches == 1:
@@ -275,6 +281,14 @@ class TrainStep:
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings
         )
+
+    def with_params(self, state: TrainState, params: Any) -> TrainState:
+        """Returns a fresh state that starts from other parameters: also what the optimizer and the average copied."""
+        trained, frozen = split(params, (*self.objective.frozen, *self.optimizer.frozen))
+        with self.context():
+            opt_state = jax.jit(self.optimizer.tx.init, out_shardings=self.shardings.opt_state)(trained)
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, trained)
+        return dataclasses.replace(state, params=trained, frozen=frozen, opt_state=opt_state, ema=ema)
 
     @contextlib.contextmanager
     def context(self):

@@ -369,7 +369,8 @@ def _deterministic(objective: Any, step: TrainStep, params: Any, batch: Any, onc
 def _total(objective: Any, once: _Result, tolerance: float) -> list[str]:
     expected = 0.0
     for term, coef in objective.coefs.items():
-        expected += float(coef(jnp.asarray(STEP)) if callable(coef) else coef) * float(once.metrics[f"loss/{term}"])
+        value = float(coef(jnp.asarray(STEP)) if callable(coef) else coef)
+        expected += value * float(once.metrics.get(f"loss/{term}", 0.0))
     gap = abs(float(once.loss) - expected) / max(abs(expected), 1e-6)
     return (
         [] if gap <= tolerance else [f"total: the loss is not the weighted sum of its terms, by {gap:.2g}, relative."]

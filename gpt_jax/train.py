@@ -25,7 +25,7 @@ from gpt_jax.model.config import count_parameters
 from gpt_jax.report import write_report
 from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
-from gpt_jax.step import TrainState, join, split
+from gpt_jax.step import TrainState, join
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
 from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir
 
@@ -168,17 +168,10 @@ def first_state(
     if run.config.init.source:
         params, restored = restore_subset(run.config.init.source, join(state.params, state.frozen))
         log(restored.describe())
-        state = with_params(run, state, params)
+        state = run.step.with_params(state, params)
     if jax.tree.leaves(state.frozen):
         checkpointer.save_frozen(state.frozen)
     return state, 0
-
-
-def with_params(run: Run, state: TrainState, params: Any) -> TrainState:
-    """A fresh state that starts from the given parameters."""
-    trained, frozen = split(params, (*run.objective.frozen, *run.step.optimizer.frozen))
-    ema = jax.tree.map(lambda x: x.copy(), trained) if state.ema is not None else None
-    return dataclasses.replace(state, params=trained, frozen=frozen, ema=ema)
 
 
 def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> None:

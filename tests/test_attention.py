@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
+from gpt_jax.errors import UserError
 from gpt_jax.model.attention import Mask, Variant, attend
 from gpt_jax.model.positions import alibi_slopes, rotate
 
@@ -204,3 +205,12 @@ def test_rope_equals_complex_multiplication():
     np.testing.assert_allclose(
         rotate(jnp.asarray(x), jnp.asarray(positions), 10000.0), oracle.rotary(x, positions, 10000.0), atol=1e-5
     )
+
+
+def test_masks_that_make_no_sense_are_refused():
+    with pytest.raises(UserError, match=r"the kind of a mask is 'casual' \(did you mean 'causal'\?\)"):
+        Mask("casual")
+    with pytest.raises(UserError, match="a mask of kind 'prefix' needs prefix_B"):
+        Mask("prefix")
+    with pytest.raises(UserError, match="a mask of kind 'causal' takes no prefix_B"):
+        Mask("causal", prefix_B=PREFIX)

@@ -14,7 +14,7 @@ from toys import SIZE, Bigram
 from gpt_jax.errors import UserError
 from gpt_jax.model import Transformer
 from gpt_jax.objectives.causal_lm import CausalLM
-from gpt_jax.objectives.compose import Mixture
+from gpt_jax.objectives.compose import Mixture, Sum
 from gpt_jax.optim import make_optimizer, make_schedule
 from gpt_jax.sharding import assert_sharded_like, make_mesh, path_name
 from gpt_jax.step import build_eval_step, build_train_step, gradients, row_keys
@@ -81,6 +81,17 @@ def test_a_coefficient_of_zero_leaves_the_other_terms_bit_identical():
     alone = gradient_of(Bigram({"lm": 1.0, "some": lambda step: 0.0 * step}), batch)  # a 0 that is not a constant
     assert alone[1]["loss/lm"] == without[1]["loss/lm"]
     assert_trees_close(alone[2], without[2], rtol=1e-6, atol=1e-9)
+
+
+def test_a_coefficient_of_zero_leaves_its_term_out_of_the_program():
+    def flops(coefs):
+        objective = Sum({"a": Bigram(), "b": Bigram()}, coefs)
+        lowered = build(objective).lower()
+        return lowered.compile().cost_analysis()["flops"], gradient_of(objective, batch_of())[1]
+
+    (both, _), (one, metrics) = flops({}), flops({"b": 0.0})
+    assert "loss/a/lm" in metrics and "loss/b/lm" not in metrics
+    assert one < 0.8 * both  # what stays of b is its metric: a forward pass
 
 
 def mean_of_means(objective, batch, pieces, params):
@@ -247,6 +258,15 @@ def test_a_schedule_free_optimizer_is_evaluated_at_its_average():
         state, _ = step(state, step.put(batch_of(t)))
     np.testing.assert_allclose(state.eval_params()["model"]["table"], x, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(state.eval_params("raw")["model"]["table"], state.params["model"]["table"])
+
+
+def test_a_run_that_starts_from_other_weights_starts_its_averages_from_them_too():
+    other = host(standard().init(5).all_params)
+    for step in (standard(), build(optimizer=make_optimizer(f"{__name__}:schedule_free", 0.1))):
+        state = step.with_params(step.init(0), jax.tree.map(jnp.asarray, other))
+        assert_trees_close(host(state.eval_params()), other, rtol=1e-6, atol=1e-6)
+        state, _ = step(state, step.put(batch_of()))
+        assert relative(host(state.eval_params()), other) < 0.2  # and does not jump back
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from gpt_jax.errors import UserError, choose
 from gpt_jax.model.positions import alibi_slopes
 from gpt_jax.model.random import dropout
 
@@ -33,6 +34,13 @@ class Mask:
     kind: str = struct.field(pytree_node=False, default="causal")
     segments_BxT: Array | None = None
     prefix_B: Array | None = None
+
+    def __post_init__(self) -> None:
+        choose("the kind of a mask", self.kind, ("causal", "bidirectional", "prefix"))
+        if (self.kind == "prefix") != (self.prefix_B is not None):
+            raise UserError(
+                f"a mask of kind {self.kind!r} {'needs' if self.kind == 'prefix' else 'takes no'} prefix_B."
+            )
 
 
 @struct.dataclass
