@@ -210,7 +210,7 @@ def stream_batch(
     if not ids:
         return
     requests = make_requests(ids, list(seeds) if seeds is not None else range(B), sampling or Sampling(), eot)
-    params = decoding_params(model.config, params)
+    params = decoding_params(model.config, params, jax.default_backend() == "cpu" and requests.tokens_BxT.shape[0] > 1)
     # Slots beyond the model's positions hold left padding, or tokens past max_tokens that are never asked for.
     state = _prefill(model, params, requests, bucket(max_tokens, least=16), logprobs)
     done = 0

@@ -3,26 +3,65 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
+from flax import struct
+from jax import Array
 
 from gpt_jax.model.config import ModelConfig
-from gpt_jax.model.transformer import unstack
 
 _FACTORS = ("kernel", "embedding", "position_embedding", "head")  # used in the dtype of the products only
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def decoding_params(config: ModelConfig, params: Any) -> Any:
+@struct.dataclass
+class Transposed:
+    """A kernel [in, *out] kept as [out, in]: with few rows a product reads it in order instead of rearranging it."""
+
+    matrix: Array
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def kernel(self) -> Array:
+        return self.matrix.T.reshape(self.shape)
+
+
+def unstack(layers: Any, config: ModelConfig) -> tuple[Any, ...]:
+    """The parameters of each block, in order, of the stacked `params["layers"]`."""
+    repetitions = range(config.num_layers // len(config.pattern))
+    blocks = [layers[f"block_{i}"] for i in range(len(config.pattern))]
+    return tuple(jax.tree.map(lambda leaf, r=r: leaf[r], block) for r in repetitions for block in blocks)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def decoding_params(config: ModelConfig, params: Any, transpose: bool) -> Any:
     """Returns parameters for `Transformer.apply` with a cache: an array per layer, in the dtype of the products.
 
     A loop over tokens that slices stacked parameters copies all of them at every step. This copy lives beside the
     original while text is generated.
+
+    Args:
+      transpose: keep kernels as `Transposed`. On CPU that suits two rows or more, and one row not at all.
     """
 
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(config.dtype) if path[-1].key in _FACTORS else leaf
+    def prepare(path: Any, leaf: Array) -> Any:
+        name, parent = path[-1].key, path[-2].key if len(path) > 1 else ""
+        leaf = leaf.astype(config.dtype) if name in _FACTORS else leaf
+        if name != "kernel" or not transpose:
+            return leaf
+        inputs = math.prod(leaf.shape[:2]) if parent == "out" and leaf.ndim == 3 else leaf.shape[0]
+        return Transposed(leaf.reshape(inputs, -1).T, leaf.shape)
 
     params = dict(params) | {"layers": unstack(params["layers"], config)}
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(prepare, params)
+
+
+def blocks_of(layers: Any, config: ModelConfig) -> tuple[Any, ...]:
+    """The parameters of each block, of stacked layers or of those that `decoding_params` has prepared."""
+    if not isinstance(layers, tuple):
+        return unstack(layers, config)
+    return jax.tree.map(
+        lambda leaf: leaf.kernel() if isinstance(leaf, Transposed) else leaf,
+        layers,
+        is_leaf=lambda leaf: isinstance(leaf, Transposed),
+    )

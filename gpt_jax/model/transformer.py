@@ -9,7 +9,6 @@ Parameters of the blocks are stacked over repetitions of `config.pattern`, whate
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.attention import HIDDEN, Mask
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
+from gpt_jax.model.decoding import blocks_of
 from gpt_jax.model.layers import Block, norm
 from gpt_jax.model.random import dropout, fold_name
 
@@ -63,15 +63,6 @@ _REMAT_POLICIES = {
     "dots_no_batch": lambda: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload_dots": lambda: jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
-
-
-def unstack(layers: Any, config: ModelConfig) -> Sequence[Any]:
-    """The parameters of each block, in order, of the stacked `params["layers"]`; what is unstacked already stays so."""
-    if not isinstance(layers, Mapping):
-        return layers
-    repetitions = range(config.num_layers // len(config.pattern))
-    blocks = [layers[f"block_{i}"] for i in range(len(config.pattern))]
-    return tuple(jax.tree.map(lambda leaf, r=r: leaf[r], block) for r in repetitions for block in blocks)
 
 
 class Transformer(nn.Module):
@@ -178,7 +169,7 @@ class Transformer(nn.Module):
     def _through_cache(self, x: Array, positions: Array, cache: Cache, keys: Array | None) -> tuple[Array, Cache]:
         """The blocks one by one, each on its own arrays: a loop over stacked ones would copy them at every step."""
         config = self.config
-        for layer, params in enumerate(unstack(self.variables["params"]["layers"], config)):
+        for layer, params in enumerate(blocks_of(self.variables["params"]["layers"], config)):
             block = Block(config, config.pattern[layer % len(config.pattern)], parent=None)
             x, cache = block.apply({"params": params}, x, layer, positions, Mask(), cache, keys)
         return x, cache
