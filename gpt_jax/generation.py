@@ -21,7 +21,7 @@ from flax import struct
 from jax import Array, lax
 
 from gpt_jax.errors import UserError
-from gpt_jax.model import Cache, Transformer
+from gpt_jax.model import Cache, Mask, Transformer
 from gpt_jax.model.decoding import decoding_params
 from gpt_jax.sampling import Filters, Sampling, filter_logits, penalise, sample_token
 
@@ -65,8 +65,10 @@ class State:
     seen_BxV: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _prefill(model: Transformer, params: Any, requests: Requests, size: int, logprobs: bool) -> State:
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _prefill(
+    model: Transformer, params: Any, requests: Requests, size: int, logprobs: bool, bidirectional: bool
+) -> State:
     """Runs the prompts and draws the first token of each; `size` is the most tokens that there may be."""
     B, T = requests.tokens_BxT.shape
     V = model.config.vocab_size
@@ -84,7 +86,7 @@ def _prefill(model: Transformer, params: Any, requests: Requests, size: int, log
         done_B=requests.lengths_B == 0,
         seen_BxV=seen,
     )
-    last = T if T <= _PREFILL else _PREFILL
+    last = T if T <= _PREFILL or bidirectional else _PREFILL
     if T > last:
         pieces = [jnp.moveaxis(x.reshape(B, T // last, last), 1, 0)[:-1] for x in (requests.tokens_BxT, positions_BxT)]
 
@@ -93,7 +95,8 @@ def _prefill(model: Transformer, params: Any, requests: Requests, size: int, log
             return model.apply({"params": params}, tokens, positions=at, cache=cache, method="encode")[1], None
 
         state = state.replace(cache=lax.scan(run, state.cache, tuple(pieces))[0])
-    return _step(model, params, requests, state, requests.tokens_BxT[:, -last:], positions_BxT[:, -last:])
+    mask = Mask("bidirectional") if bidirectional else None
+    return _step(model, params, requests, state, requests.tokens_BxT[:, -last:], positions_BxT[:, -last:], mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
@@ -112,11 +115,17 @@ def _decode(model: Transformer, params: Any, requests: Requests, state: State, u
 
 
 def _step(
-    model: Transformer, params: Any, requests: Requests, state: State, tokens_BxT: Array, positions_BxT: Array
+    model: Transformer,
+    params: Any,
+    requests: Requests,
+    state: State,
+    tokens_BxT: Array,
+    positions_BxT: Array,
+    mask: Mask | None = None,
 ) -> State:
     """Enters tokens into the cache and draws the next one; rows that have ended get `eot` and stay as they are."""
     hidden, cache = model.apply(
-        {"params": params}, tokens_BxT, positions=positions_BxT, cache=state.cache, method="encode"
+        {"params": params}, tokens_BxT, mask=mask, positions=positions_BxT, cache=state.cache, method="encode"
     )
     logits = model.apply({"params": params}, hidden[:, -1], method="unembed")[:, : model.config.vocab_size]
     drawn_from, rows = logits, jnp.arange(logits.shape[0])
@@ -196,6 +205,7 @@ def stream_batch(
     seeds: Sequence[int] | None = None,
     chunk: int = 0,
     logprobs: bool = False,
+    bidirectional_prompt: bool = False,
 ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], Sequence[bool] | None, None]:
     """Generates one batch in chunks, as tokens come.
 
@@ -212,7 +222,7 @@ def stream_batch(
     requests = make_requests(ids, list(seeds) if seeds is not None else range(B), sampling or Sampling(), eot)
     params = decoding_params(model.config, params, jax.default_backend() == "cpu" and requests.tokens_BxT.shape[0] > 1)
     # Slots beyond the model's positions hold left padding, or tokens past max_tokens that are never asked for.
-    state = _prefill(model, params, requests, bucket(max_tokens, least=16), logprobs)
+    state = _prefill(model, params, requests, bucket(max_tokens, least=16), logprobs, bidirectional_prompt)
     done = 0
     while done < max_tokens:
         state = _decode(model, params, requests, state, min(max_tokens, done + (chunk or max_tokens)))
@@ -242,6 +252,7 @@ def generate(
     eot: int | None = None,
     seeds: Sequence[int] | None = None,
     logprobs: bool = False,
+    bidirectional_prompt: bool = False,
 ) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
     """Continues each prompt.
 
@@ -253,6 +264,7 @@ def generate(
       eot: the id that ends a text (it is not returned); None never ends early.
       seeds: one per prompt; the same prompt under the same seed gives the same tokens in any batch. None: 0, 1, 2, ...
       logprobs: also return the log-probability of each token under the model, nats.
+      bidirectional_prompt: tokens of a prompt see each other, as in training under a prefix mask.
 
     Returns:
       The new ids of each prompt, and with `logprobs` their log-probabilities.
@@ -277,6 +289,7 @@ def generate(
             eot=eot,
             seeds=[seeds[row] for row in rows],
             logprobs=logprobs,
+            bidirectional_prompt=bidirectional_prompt,
         )
         tokens, scores, _ = next(parts)
         for row, new, new_scores in zip(rows, tokens.tolist(), scores.tolist(), strict=True):

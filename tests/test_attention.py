@@ -24,6 +24,10 @@ def draws(kv_heads=H, seed=0):
     return [rng.normal(size=s).astype(np.float32) for s in shapes]
 
 
+def in_prefix(lengths):
+    return np.arange(T) < lengths[:, None]
+
+
 def mixing(seed=1):
     return (np.eye(H) + 0.3 * np.random.default_rng(seed).normal(size=(H, H))).astype(np.float32)
 
@@ -65,7 +69,8 @@ VARIANTS = {
 def ours(spec, block):
     """The same variant for `attend`, as a function of q, k, v."""
     spec = dict(spec)
-    mask = Mask(spec.pop("kind", "causal"), spec.pop("segments", None), spec.pop("prefix", None))
+    prefix = in_prefix(spec.pop("prefix")) if "prefix" in spec else None
+    mask = Mask(spec.pop("kind", "causal"), spec.pop("segments", None), prefix)
     mix = {f"{n}_HxH": spec.pop(n) for n in ("mix_scores", "mix_weights") if n in spec}
     return functools.partial(attend, mask=mask, variant=Variant(**spec, **mix), block=block)
 
@@ -210,7 +215,7 @@ def test_rope_equals_complex_multiplication():
 def test_masks_that_make_no_sense_are_refused():
     with pytest.raises(UserError, match=r"the kind of a mask is 'casual' \(did you mean 'causal'\?\)"):
         Mask("casual")
-    with pytest.raises(UserError, match="a mask of kind 'prefix' needs prefix_B"):
+    with pytest.raises(UserError, match="a mask of kind 'prefix' needs prefix_BxT"):
         Mask("prefix")
-    with pytest.raises(UserError, match="a mask of kind 'causal' takes no prefix_B"):
-        Mask("causal", prefix_B=PREFIX)
+    with pytest.raises(UserError, match="a mask of kind 'causal' takes no prefix_BxT"):
+        Mask("causal", prefix_BxT=in_prefix(PREFIX))

@@ -11,7 +11,7 @@ from flax import linen as nn
 from helpers import VOCAB, apply_of, assert_trees_close, initial_params, params_of, relative, tiny, tokens
 
 from gpt_jax.errors import UserError
-from gpt_jax.model import Mask, ModelConfig, Transformer, count_parameters
+from gpt_jax.model import Cache, Mask, ModelConfig, Transformer, count_parameters
 from gpt_jax.model.layers import MLP
 from gpt_jax.presets import GPT2, GPT3, PRESETS
 from gpt_jax.sharding import is_boxed, path_name
@@ -98,9 +98,29 @@ def test_a_banded_stack_sees_exactly_layers_times_window_minus_one_back():
 
 
 def test_a_prefix_is_seen_from_everywhere_and_the_rest_is_causal():
-    seen = influence(tiny(query_block=4), Mask("prefix", prefix_B=np.array([5], np.int32)))
+    seen = influence(tiny(query_block=4), Mask("prefix", prefix_BxT=np.arange(12)[None] < 5))
     expected = np.tril(np.ones((12, 12), bool)) | (np.arange(12) < 5)[None, :]
     assert ((seen > 0) == expected).all()
+
+
+def test_each_packed_document_has_a_prefix_of_its_own():
+    segments = np.repeat([1, 2, 0], [5, 6, 1])[None]
+    prefix = np.isin(np.arange(12), [0, 1, 5, 6, 7])[None]
+    seen = influence(tiny(query_block=4), Mask("prefix", segments_BxT=segments, prefix_BxT=prefix))
+    expected = (np.tril(np.ones((12, 12), bool)) | prefix) & (segments.T == segments)
+    assert ((seen > 0) == expected)[:11].all()  # the last position is padding
+
+
+def test_a_prefix_entered_into_the_cache_at_once_gives_the_prefix_mask():
+    config, ids = tiny(), tokens()
+    params, run = params_of(config), apply_of(config)
+    expected = run(params, ids, mask=Mask("prefix", prefix_BxT=np.broadcast_to(np.arange(12) < 5, ids.shape))).logits
+    out = run(params, ids[:, :5], mask=Mask("bidirectional"), cache=Cache.empty(config, 2, 12))
+    logits = [out.logits]
+    for t in range(5, 12):
+        out = run(params, ids[:, t : t + 1], cache=out.cache)
+        logits.append(out.logits)
+    np.testing.assert_allclose(np.concatenate(logits, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bidirectional_logits_depend_on_the_right():

@@ -262,7 +262,8 @@ class Peeking(Transformer):
     def __call__(self, tokens, *, mask=None, cache=None, **kwargs):
         mask = mask or Mask()
         if cache is None:
-            mask = mask.replace(kind="prefix", prefix_B=jnp.full(len(tokens), 2))
+            two = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < 2, tokens.shape)
+            mask = mask.replace(kind="prefix", prefix_BxT=two)
         return super().__call__(tokens, mask=mask, cache=cache, **kwargs)
 
 

@@ -26,20 +26,20 @@ class Mask:
     """What a query may see.
 
     Attributes:
-      kind: 'causal', 'bidirectional', or 'prefix' (bidirectional over the first `prefix_B` tokens, causal after).
+      kind: 'causal', 'bidirectional', or 'prefix' (causal, and tokens of the prefix are seen from everywhere).
       segments_BxT: document of each token, 0 for padding; tokens see only their own document. None: no documents.
-      prefix_B: length of each row's prefix, for kind 'prefix'.
+      prefix_BxT: which tokens are prefix, booleans, for kind 'prefix'; each document of a row may have its own.
     """
 
     kind: str = struct.field(pytree_node=False, default="causal")
     segments_BxT: Array | None = None
-    prefix_B: Array | None = None
+    prefix_BxT: Array | None = None
 
     def __post_init__(self) -> None:
         choose("the kind of a mask", self.kind, ("causal", "bidirectional", "prefix"))
-        if (self.kind == "prefix") != (self.prefix_B is not None):
+        if (self.kind == "prefix") != (self.prefix_BxT is not None):
             raise UserError(
-                f"a mask of kind {self.kind!r} {'needs' if self.kind == 'prefix' else 'takes no'} prefix_B."
+                f"a mask of kind {self.kind!r} {'needs' if self.kind == 'prefix' else 'takes no'} prefix_BxT."
             )
 
 
@@ -92,20 +92,30 @@ def attend(
 
 
 def attend_cache(
-    q_BxTxHxK: Array, k_NxSxK: Array, v_NxSxK: Array, positions_BxT: Array, positions_BxS: Array, variant: Variant
+    q_BxTxHxK: Array,
+    k_NxSxK: Array,
+    v_NxSxK: Array,
+    positions_BxT: Array,
+    positions_BxS: Array,
+    variant: Variant,
+    *,
+    causal: bool = True,
 ) -> Array:
     """Attention of new tokens to a cache: a key is seen if it holds a token (position >= 0) not after the query's.
 
-    Keys and values have one leading axis, N = B * G (see Cache): products then read them where they lie.
+    Not `causal`: later ones too, as the tokens of a prefix see each other. Keys and values have one leading axis,
+    N = B * G (see Cache): products then read them where they lie.
     """
     B, T, H, K = q_BxTxHxK.shape
     N = k_NxSxK.shape[0]
     G = N // B
     q, s = positions_BxT[:, :, None], positions_BxS[:, None, :]
-    allowed_BxTxS = (s >= 0) & (s <= q)
+    allowed_BxTxS = jnp.broadcast_to(s >= 0, (B, T, s.shape[2]))
+    if causal:
+        allowed_BxTxS &= s <= q
     if variant.window is not None:
-        allowed_BxTxS &= q - s < variant.window
-    distance = (q - s) if variant.alibi else None
+        allowed_BxTxS &= abs(q - s) < variant.window
+    distance = abs(q - s) if variant.alibi else None
     scaled = q_BxTxHxK * jnp.asarray(1.0 / math.sqrt(K), q_BxTxHxK.dtype)
     q_NxQxK = jnp.swapaxes(scaled, 1, 2).reshape(N, -1, K)  # Q: the query heads of a key head x T
     scores = jnp.einsum("nqk,nsk->nqs", q_NxQxK, k_NxSxK, preferred_element_type=jnp.float32)
@@ -130,7 +140,7 @@ def _attend_block(q, k, v, q_start: int, k_start: int, mask: Mask, variant: Vari
     if mask.kind != "bidirectional" and (T > 1 or k_start + S > q_start + 1):
         allowed = (k_pos <= q_pos)[None]
         if mask.kind == "prefix":
-            allowed = allowed | (k_pos[None] < mask.prefix_B[:, None, None])
+            allowed = allowed | mask.prefix_BxT[:, None, k_start : k_start + S]
     if variant.window is not None:
         near = (abs(q_pos - k_pos) < variant.window)[None]
         allowed = near if allowed is None else allowed & near

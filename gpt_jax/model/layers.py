@@ -133,7 +133,8 @@ class Attention(nn.Module):
             out = attend(q, k, v, mask, variant, block=block)
         else:
             cache = cache.write(layer, k, v)
-            out = attend_cache(q, *cache.read(layer), positions, cache.positions_BxS, variant)
+            causal = mask.kind == "causal"
+            out = attend_cache(q, *cache.read(layer), positions, cache.positions_BxS, variant, causal=causal)
         std = residual_std(config)
         if config.head_dims:
             flat = jnp.concatenate([out[:, :, h, :size] for h, size in enumerate(config.head_dims)], axis=-1)

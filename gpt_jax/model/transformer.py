@@ -123,7 +123,8 @@ class Transformer(nn.Module):
 
         Args:
           tokens: [B, T] integers.
-          mask: what a token may see; None is causal. With a cache, causal by the positions in it.
+          mask: what a token may see; None is causal. With a cache only its kind counts: 'causal' by the positions in
+            the cache, or 'bidirectional' (a prefix, entered at once).
           positions: [B, T] or [T] positions; None counts from 0, or continues the cache. -1 marks padding (cache only).
           cache: keys and values of earlier tokens; T new ones are written after them.
           keys: [B] random keys, one per row, for dropout; None is deterministic.
@@ -160,18 +161,20 @@ class Transformer(nn.Module):
             x = dropout(x, config.dropout, fold_name(keys, "embedding"))
         x = nn.with_logical_constraint(x, ("batch", "sequence", "act_embed"))
         if cache is not None:
-            x, cache = self._through_cache(x, positions, cache, keys)
+            x, cache = self._through_cache(x, positions, mask or Mask(), cache, keys)
             return self.final_norm(x), cache.advance(T)
         index = jnp.arange(config.num_layers // len(config.pattern))
         x, _ = self.layers(x, index, positions, mask or Mask(), keys)
         return self.final_norm(x), None
 
-    def _through_cache(self, x: Array, positions: Array, cache: Cache, keys: Array | None) -> tuple[Array, Cache]:
+    def _through_cache(
+        self, x: Array, positions: Array, mask: Mask, cache: Cache, keys: Array | None
+    ) -> tuple[Array, Cache]:
         """The blocks one by one, each on its own arrays: a loop over stacked ones would copy them at every step."""
         config = self.config
         for layer, params in enumerate(blocks_of(self.variables["params"]["layers"], config)):
             block = Block(config, config.pattern[layer % len(config.pattern)], parent=None)
-            x, cache = block.apply({"params": params}, x, layer, positions, Mask(), cache, keys)
+            x, cache = block.apply({"params": params}, x, layer, positions, mask, cache, keys)
         return x, cache
 
     def unembed(self, hidden: Array) -> Array:
