@@ -19,6 +19,7 @@ import optax
 from jax import Array
 
 from gpt_jax.errors import UserError, choose
+from gpt_jax.options import import_path
 from gpt_jax.sharding import path_name
 
 Groups = Sequence[tuple[str, Mapping[str, Any]]]
@@ -245,8 +246,6 @@ def make_optimizer(
         inner = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_dimensions, **options)
         tx = optax.chain(inner, optax.scale(-1.0), *tail)
     elif ":" in name:
-        from gpt_jax.objectives.base import import_path
-
         tx = optax.chain(import_path(name)(learning_rate=schedule, **kwargs), scale_by_group(groups))
     else:
         choose("optimizer.name", name, ("adamw", "muon", "adafactor", "an import path (package.module:function)"))

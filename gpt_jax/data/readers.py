@@ -88,18 +88,42 @@ def read_documents(path: pathlib.Path, text_key: str = "text", progress: Progres
     Raises:
       UserError: naming file and line of what is malformed, or the damaged file.
     """
-    kind, compression = file_format(path)
+    kind, _ = file_format(path)
     progress = progress or Progress()
-    try:
-        if kind == ".parquet":
+    if kind == ".parquet":
+        with _named_damage(path):
             yield from _read_parquet(path, text_key, progress)
-            return
-        with contextlib.ExitStack() as stack:
-            raw = stack.enter_context(open(path, "rb"))
-            stream = stack.enter_context(_decompress(_Counted(raw, progress), compression))
-            read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv}[kind]
-            yield from read(path, stream, text_key)
+        return
+    read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv}[kind]
+    with open_stream(path, progress) as stream:
+        yield from read(path, stream, text_key)
+
+
+@contextlib.contextmanager
+def open_stream(path: pathlib.Path, progress: Progress | None = None) -> Iterator[io.BufferedIOBase]:
+    """Opens a file as binary, decompressed if its name ends in .gz, .xz or .zst.
+
+    Raises:
+      UserError: the file cannot be read or is damaged, here or while the block reads on.
+    """
+    with _named_damage(path), open(path, "rb") as raw:
+        compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
+        with _decompress(_Counted(raw, progress or Progress()), compression) as stream:
+            yield stream
+
+
+def read_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, line with its end) of a UTF-8 file, decompressed; errors as `open_stream`."""
+    with open_stream(path) as stream:
+        yield from _lines(path, stream)
+
+
+@contextlib.contextmanager
+def _named_damage(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        compression = path.suffix.lower()
         raise UserError(f"{path}: damaged or truncated {compression} file ({error}).") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read ({error.strerror or error}).") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from jax import Array
 
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.model import ModelConfig, Transformer
+from gpt_jax.options import import_path
 
 Batch = dict[str, Any]
 Params = dict[str, Any]
@@ -163,15 +163,6 @@ def describe_options(spec: Mapping[str, Any]) -> str:
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         lines.append(f"objective.{name} = {spec.get(name, default)!r}".ljust(48) + f"  # {field.metadata['help']}")
     return "\n".join(lines)
-
-
-def import_path(path: str) -> Any:
-    """Returns the object that 'package.module:name' names; raises UserError when it cannot be had."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot import {path!r}: {error}.") from None
 
 
 def objective_class(name: str) -> type[Objective]:
