@@ -58,6 +58,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--step", type=int, default=None, help="checkpoint to evaluate; default: the newest")
         parser.add_argument("--weights", default="auto", help="raw | ema | average | auto")
         parser.add_argument("--max-batches", type=int, default=0, help="0 evaluates the whole split")
+        parser.add_argument("--max-generated", type=int, default=0, help="task examples generated for; 0 is all")
     if command == "sample":
         from gpt_jax import sample
 
@@ -133,6 +134,7 @@ def use_compilation_cache() -> None:
 def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from gpt_jax import config as configs
     from gpt_jax.data.command import run_data
+    from gpt_jax.objectives.base import Host, rows_of
 
     if args.workdir:
         from gpt_jax.run import saved_config
@@ -145,6 +147,9 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         context_length=config.context_length,
         batch_size=config.batch_size,
         seed=config.seed if config.data.seed < 0 else config.data.seed,
+        rows=lambda tokenizer: rows_of(
+            config.objective, Host(tokenizer.specials, config.context_length, config.batch_size)
+        ),
         show=args.show,
     )
     return _print_json(result)
@@ -175,7 +180,7 @@ def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from gpt_jax.run import restore_run
 
     run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
-    values = evaluate_all(run, params, max_batches=args.max_batches, step=step)
+    values = evaluate_all(run, params, max_batches=args.max_batches, step=step, limit=args.max_generated)
     for name, value in values.items():
         print(f"{name.ljust(32)} {value:.6g}")
     return _print_json({"workdir": args.workdir, "step": step, **values})

@@ -56,6 +56,13 @@ class DataConfig:
     sources: tuple[Mapping[str, Any], ...] = option(
         (), "a weighted mixture: ({'name': ..., 'weight': 60, 'path' or 'corpus': ...}, ...); overrides corpus, path"
     )
+    tasks: tuple[Any, ...] = option(
+        (), "for objectives that train on tasks: names, import paths or {'name': ..., options} (gpt_jax/tasks)"
+    )
+    task_rates: str = option("proportional", "several tasks are drawn: proportional (to their examples) | equal")
+    task_temperature: float = option(1.0, "proportional rates are raised to 1 / temperature (T5)")
+    task_cap: int = option(2**19, "and no task counts for more examples than this")
+    valid_split: str = option("valid", "split of the tasks that is evaluated: valid | test")
     layout: str = option("packed", "packed: documents run on across rows | padded: a document per row")
     doc_mask: bool = option(False, "cut attention, positions and targets at document boundaries (GPT-3: False)")
     skip: tuple[tuple[int, int], ...] = option((), "ranges of batch indices to jump over, [(from, to), ...)")
@@ -114,6 +121,7 @@ class CheckpointConfig:
 class EvalConfig:
     every_steps: int = option(250, "validate every so many steps; 0: only at the end")
     max_batches: int = option(20, "batches of a validation during training; 0 is the whole split")
+    max_generated: int = option(100, "examples of a task whose text is generated in one during training; 0 is all")
     batch_size: int = option(0, "sequences of a validation batch; 0 uses batch_size")
     weights: str = option("auto", "which weights are evaluated, sampled, exported: raw | ema | average | auto")
 

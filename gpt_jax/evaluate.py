@@ -16,8 +16,10 @@ import numpy as np
 
 from gpt_jax.data import Loader
 from gpt_jax.objectives.base import Objective
+from gpt_jax.predictions import score_task
 
 Evaluator = Callable[[Any, Any, int], dict[str, Any]]
+Evaluators = tuple[Evaluator, Callable[[Any, Any], dict[str, Any]] | None]
 
 
 def evaluate(
@@ -68,24 +70,50 @@ def bits_per_byte(nll_sum: float, num_bytes: int) -> float:
 
 
 def evaluate_all(
-    run: Any, params: Any, *, max_batches: int = 0, evaluators: Mapping[str, Evaluator] | None = None, step: int = 0
+    run: Any,
+    params: Any,
+    *,
+    max_batches: int = 0,
+    evaluators: Mapping[str, Evaluators] | None = None,
+    step: int = 0,
+    limit: int = 0,
 ) -> dict[str, float]:
-    """Evaluates every validation source of a run: {"valid/loss": ..., ...}; of a mixture also "valid/<source>/loss"."""
+    """Evaluates every validation source of a run: {"valid/loss": ..., ...}; of several also "valid/<source>/loss".
+
+    Args:
+      run: of `build_run`. params: `state.eval_params()`. max_batches: of the losses, 0 is the whole split.
+      evaluators: compiled ones by source, of `evaluators_of`. step: at which coefficients are taken.
+      limit: examples of a task for which text is generated, 0 is all.
+
+    Returns:
+      The losses; a task's metrics beside its loss; "valid/loss" of several sources: their mean within an objective,
+      and the sum over a mixture's objectives, each times its coefficient.
+    """
     from gpt_jax.run import placements
 
-    evaluators = evaluators or {}
+    evaluators = evaluators or evaluators_of(run)
     out: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
     for name, source in run.data.valid.items():
-        evaluator = evaluators.get(name) or run.evaluator(source)
-        values = evaluate(
-            run.objective, evaluator, params, source, placements(run, source), max_batches=max_batches, step=step
-        )
+        objective, placed, (evaluator, predictor) = run.part(source), placements(run, source), evaluators[name]
+        values = evaluate(objective, evaluator, params, source, placed, max_batches=max_batches, step=step)
+        if hasattr(source, "encoded"):
+            values |= score_task(objective, predictor, params, source, placed, limit=limit)
+        losses.setdefault(source.part, []).append(values["loss"])
         prefix = "valid/" if name == "valid" else f"valid/{name}/"
         out |= {prefix + key: value for key, value in values.items()}
-    if out and "valid/loss" not in out:  # of a mixture: the mean over its sources
-        losses = [value for key, value in out.items() if key.count("/") == 2 and key.endswith("/loss")]
-        out["valid/loss"] = sum(losses) / len(losses)
+    if out and "valid/loss" not in out:
+        coefs = {part: coef for part, (_, coef) in run.objective.parts().items()}
+        out["valid/loss"] = sum(coefs[part] * sum(found) / len(found) for part, found in losses.items())
     return out
+
+
+def evaluators_of(run: Any) -> dict[str, Evaluators]:
+    """Returns the compiled evaluation of every validation source and, for tasks, its predictor."""
+    return {
+        name: (run.evaluator(source), run.predictor(source) if hasattr(source, "encoded") else None)
+        for name, source in run.data.valid.items()
+    }
 
 
 def _add(sums: dict[str, np.ndarray], result: Mapping[str, Any] | None) -> None:

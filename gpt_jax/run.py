@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,10 @@ from gpt_jax.data import Data, prepare_data
 from gpt_jax.data.batches import resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
 from gpt_jax.errors import UserError, choose
-from gpt_jax.objectives.base import Objective, Setting, build_objective, check_spec
+from gpt_jax.objectives.base import Host, Objective, Setting, build_objective, check_spec, rows_of
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
 from gpt_jax.sharding import DEFAULT_RULES, batch_shardings, make_mesh, path_name
-from gpt_jax.step import TrainStep, build_eval_step, build_train_step
+from gpt_jax.step import TrainStep, build_eval_step, build_predict_step, build_train_step
 from gpt_jax.workdir import open_workdir
 
 
@@ -41,8 +42,18 @@ class Run:
     rows_at: Callable[[int], int]
     tokens_at: Callable[[Any], Any]
 
+    def part(self, source: Any) -> Objective:
+        """The objective that a validation source is for."""
+        return self.objective.parts()[source.part][0]
+
     def evaluator(self, source: Any) -> Callable[[Any, Any, int], dict[str, Any]]:
-        return build_eval_step(self.step, source.spec(), seed=self.config.seed)
+        return build_eval_step(self.step, source.spec(), seed=self.config.seed, objective=self.part(source))
+
+    def predictor(self, source: Any) -> Callable[[Any, Any], dict[str, Any]] | None:
+        """Predicts a task's rows; None where text is generated instead."""
+        if source.encoded.format.generates:
+            return None
+        return build_predict_step(self.step, source.spec(), self.part(source))
 
 
 def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
@@ -61,6 +72,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     schedule = resolve_batch_schedule(
         config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
     )
+    config = with_tokenizer_of_init(config, log)
     data = prepare_data(
         config.data,
         context_length=config.context_length,
@@ -68,6 +80,9 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         eval_batch_size=config.eval.batch_size,
         seed=config.seed if config.data.seed < 0 else config.data.seed,
         batch_schedule=schedule,
+        rows=lambda tokenizer: rows_of(
+            config.objective, Host(tokenizer.specials, config.context_length, config.batch_size)
+        ),
         log=log,
     )
     config = fill_in(config, data.tokenizer.vocab_size)
@@ -77,6 +92,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         steps=config.steps,
         batch_size=config.batch_size,
         context_length=config.context_length,
+        tasks=data.tasks,
     )
     objective = build_objective(config.objective, setting)
     spec = data.train.spec()
@@ -123,6 +139,16 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.abstract.all_params)]
     check_groups(o.groups, names)
     return Run(config, data, objective, step, batch_sizes(schedule, config.batch_size), tokens_at)
+
+
+def with_tokenizer_of_init(config: Config, log: Callable[[str], None]) -> Config:
+    """A run that starts from another's weights reads with its tokenizer, unless the config names one."""
+    folder = pathlib.Path(config.init.source) / "tokenizer"
+    if not config.init.source or config.data.tokenizer.path or not folder.is_dir():
+        return config
+    log(f"tokenizer of {config.init.source}, whose weights the run starts from")
+    tokenizer = dataclasses.replace(config.data.tokenizer, path=str(folder), keep=0)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
 def batch_sizes(schedule: Sequence[tuple[int, int]], batch_size: int) -> Callable[[int], int]:

@@ -282,6 +282,11 @@ class TrainStep:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings
         )
 
+    @property
+    def param_shardings(self) -> Any:
+        """Shardings of all parameters, trained and frozen."""
+        return join(self.shardings.params, self.shardings.frozen)
+
     def with_params(self, state: TrainState, params: Any) -> TrainState:
         """Returns a fresh state that starts from other parameters: also what the optimizer and the average copied."""
         trained, frozen = split(params, (*self.objective.frozen, *self.optimizer.frozen))
@@ -429,18 +434,21 @@ def _one_row(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *spec.shape[1:]), spec.dtype)
 
 
-def build_eval_step(step: TrainStep, batch_spec: Any, *, seed: int = 0) -> Callable[[Any, Any, int], dict[str, Any]]:
+def build_eval_step(
+    step: TrainStep, batch_spec: Any, *, seed: int = 0, objective: Objective | None = None
+) -> Callable[[Any, Any, int], dict[str, Any]]:
     """Builds the evaluation of the same objective: prepare and loss, without scores, dropout or update.
 
     Args:
       step: the train step it belongs to. batch_spec: of a validation batch.
       seed: of whatever the objective draws, folded with the example's index: the same masks every time.
+      objective: a part of the step's that has a batch of its own; None is the step's.
 
     Returns:
       evaluate(params, batch, first) -> {name: (sum, weight)}, float32 scalars on the device, where `first` is the
       index of the batch's first example. Sum them over batches (`add_sums`), then divide.
     """
-    objective = step.objective
+    objective = objective or step.objective
 
     def evaluate(params: Any, batch: Any, first: Array) -> dict[str, tuple[Array, Array]]:
         keys = row_keys(seed, EVALUATION, first + jnp.arange(objective.num_rows(batch)))
@@ -453,15 +461,23 @@ def build_eval_step(step: TrainStep, batch_spec: Any, *, seed: int = 0) -> Calla
         return out | dict(metrics)
 
     replicated = NamedSharding(step.mesh, PartitionSpec())
-    params = jax.tree.map(
-        lambda a, b: b if a is None else a, step.shardings.params, step.shardings.frozen, is_leaf=lambda x: x is None
-    )
-    jitted = jax.jit(
-        evaluate, in_shardings=(params, batch_shardings(batch_spec, step.mesh), None), out_shardings=replicated
-    )
+    placed = (step.param_shardings, batch_shardings(batch_spec, step.mesh), None)
+    jitted = jax.jit(evaluate, in_shardings=placed, out_shardings=replicated)
 
     def run(params: Any, batch: Any, first: int) -> dict[str, Any]:
         with step.context():
             return jitted(params, batch, jnp.asarray(first, jnp.int32))
+
+    return run
+
+
+def build_predict_step(step: TrainStep, batch_spec: Any, objective: Objective) -> Callable[[Any, Any], dict[str, Any]]:
+    """Builds (params, batch) -> {name: [rows, ...]}, replicated: the objective's `predict`."""
+    placed = (step.param_shardings, batch_shardings(batch_spec, step.mesh))
+    jitted = jax.jit(objective.predict, in_shardings=placed, out_shardings=NamedSharding(step.mesh, PartitionSpec()))
+
+    def run(params: Any, batch: Any) -> dict[str, Any]:
+        with step.context():
+            return jitted(params, batch)
 
     return run

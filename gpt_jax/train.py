@@ -19,7 +19,7 @@ from gpt_jax.console import Console
 from gpt_jax.data import Loader
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
-from gpt_jax.evaluate import evaluate_all
+from gpt_jax.evaluate import evaluate_all, evaluators_of
 from gpt_jax.metrics import MetricsWriter, open_wandb
 from gpt_jax.model.config import count_parameters
 from gpt_jax.report import write_report
@@ -78,7 +78,7 @@ def train(
             config.log.console_every_steps,
             config.optimizer.max_skipped,
         )
-        evaluators = {name: run.evaluator(source) for name, source in run.data.valid.items()}
+        evaluators = evaluators_of(run)
         validate = hooks.Validate(
             writer,
             console,
@@ -88,6 +88,7 @@ def train(
                 max_batches=config.eval.max_batches if at < config.steps else 0,
                 evaluators=evaluators,
                 step=at,
+                limit=config.eval.max_generated if at < config.steps else 0,
             ),
         )
         save = hooks.Save(

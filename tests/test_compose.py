@@ -60,13 +60,13 @@ def test_a_childs_draws_depend_on_its_name_and_not_on_its_siblings():
         assert pair[term] == alone[term]
     assert pair["loss/first/some"] != pair["loss/a/some"]  # siblings alike but for the name draw for themselves
     beside = {"a": batch, "other": batch_of(1, rows=16)}
-    mixed = run(Mixture({"other": Bigram(), "a": Bigram()}, rows={"other": 16, "a": 8}), beside, params)[1]
+    mixed = run(Mixture({"other": Bigram(), "a": Bigram()}, row_counts={"other": 16, "a": 8}), beside, params)[1]
     assert mixed["loss/a/some"] == pytest.approx(float(alone["loss/a/some"]), rel=1e-6)
 
 
 def test_a_mixture_gives_each_child_its_own_rows_and_divides_each_by_its_own_weight():
     batch = {"a": batch_of(0, rows=4), "b": batch_of(1, rows=8)}
-    mixture = Mixture({"a": Bigram(rate=0.0), "b": Bigram(rate=0.0)}, {"b": 2.0}, rows={"a": 4, "b": 8})
+    mixture = Mixture({"a": Bigram(rate=0.0), "b": Bigram(rate=0.0)}, {"b": 2.0}, row_counts={"a": 4, "b": 8})
     params = params_of(mixture, batch)
     loss, metrics, _ = run(mixture, batch, params)
     for name, part in batch.items():
@@ -125,7 +125,7 @@ def test_scores_of_the_children_that_need_them_reach_their_own_weights():
 
 
 def test_keys_of_a_childs_rows_are_the_same_in_every_micro_batch():
-    mixture = Mixture({"a": Bigram(), "b": Bigram()}, rows={"a": 4, "b": 8})
+    mixture = Mixture({"a": Bigram(), "b": Bigram()}, row_counts={"a": 4, "b": 8})
     keys = row_keys(0, 3, jnp.arange(8))
     batch = {"a": batch_of(0, rows=4), "b": batch_of(1)}
     whole = mixture._keys(mixture.children["a"], batch["a"], keys, "a")

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gpt_jax.data.batches import BatchOrder, TextSource, ValidSource, pick, resolve_batch_schedule
+from gpt_jax.data.batches import BatchOrder, TrainSource, ValidText, pick, resolve_batch_schedule
 from gpt_jax.data.permutation import permute
 from gpt_jax.data.rows import PieceRows, StreamRows, best_fit
 from gpt_jax.data.store import Split
@@ -152,7 +152,7 @@ def test_every_epoch_has_an_order_of_its_own():
 def test_three_epochs_of_training_predict_every_token_three_times_whatever_the_batches(doc_mask):
     """9 rows an epoch; batches of 2, 3 and 4 rows straddle the epochs; 27 rows in all."""
     maker = StreamRows(split_of(DOCUMENTS), 12, doc_mask, seed=9)
-    source = TextSource(maker, BatchOrder(4, schedule=((3, 2), (6, 3))), seed=1)
+    source = TrainSource(maker, BatchOrder(4, schedule=((3, 2), (6, 3))), seed=1)
     found = []
     for step in range(6 + 3):
         found += pairs(source.rows(step, slice(None)))
@@ -161,7 +161,7 @@ def test_three_epochs_of_training_predict_every_token_three_times_whatever_the_b
 
 def test_slices_of_hosts_concatenate_to_the_global_batch():
     for maker in (StreamRows(split_of(DOCUMENTS), 12, True, 9), PieceRows(split_of(DOCUMENTS), 12, bins=True)):
-        source = TextSource(maker, BatchOrder(6), seed=1)
+        source = TrainSource(maker, BatchOrder(6), seed=1)
         for step in (0, 1, 7):
             whole = source.rows(step, slice(None))
             parts = [source.rows(step, slice(a, b)) for a, b in ((0, 1), (1, 4), (4, 6))]
@@ -170,7 +170,7 @@ def test_slices_of_hosts_concatenate_to_the_global_batch():
 
 
 def test_batch_depends_on_seed_and_step_alone():
-    make = lambda seed: TextSource(StreamRows(split_of(DOCUMENTS), 12, seed=seed), BatchOrder(6), seed)  # noqa: E731
+    make = lambda seed: TrainSource(StreamRows(split_of(DOCUMENTS), 12, seed=seed), BatchOrder(6), seed)  # noqa: E731
     forwards, backwards = make(1), make(1)
     a = [forwards.rows(s, slice(None))["tokens"] for s in range(5)]
     b = [backwards.rows(s, slice(None))["tokens"] for s in reversed(range(5))][::-1]
@@ -180,7 +180,7 @@ def test_batch_depends_on_seed_and_step_alone():
 
 def test_rows_have_the_shapes_and_dtypes_of_the_spec():
     for maker in (StreamRows(split_of(DOCUMENTS), 12), StreamRows(split_of(DOCUMENTS), 12, True)):
-        source = TextSource(maker, BatchOrder(6), seed=1)
+        source = TrainSource(maker, BatchOrder(6), seed=1)
         rows, spec = source.rows(0, slice(None)), source.spec()
         assert {k: (v.shape, v.dtype) for k, v in rows.items()} == {k: (v.shape, v.dtype) for k, v in spec.items()}
 
@@ -269,7 +269,7 @@ def test_stream_going_round_is_the_same_wherever_the_circle_is_cut():
 
 def test_corpus_smaller_than_one_batch_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"the corpus yields 9 rows of 12 tokens, fewer than one batch of 10") as error:
-        TextSource(StreamRows(split_of(DOCUMENTS), 12), BatchOrder(10), seed=0)
+        TrainSource(StreamRows(split_of(DOCUMENTS), 12), BatchOrder(10), seed=0)
     assert "\n" not in str(error.value)
 
 
@@ -281,7 +281,7 @@ def test_validation_covers_every_token_once_and_pads_the_last_batch_with_weight_
         maker = PieceRows(split, 12, layout == "bins")
     else:
         maker = StreamRows(split, 12, layout == "doc_mask")
-    source = ValidSource(split, maker, rows_per_batch, ByteTokenizer(["eot"]))
+    source = ValidText(split, maker, rows_per_batch, ByteTokenizer(["eot"]))
     batches = [source.rows(s, slice(None)) for s in range(source.num_batches)]
     assert all(len(b["tokens"]) == rows_per_batch for b in batches)
     assert sorted(flat(pairs(b) for b in batches)) == stream_pairs(DOCUMENTS)
@@ -294,14 +294,14 @@ def test_validation_covers_every_token_once_and_pads_the_last_batch_with_weight_
 
 def test_validation_is_in_the_order_of_the_text():
     split = split_of(DOCUMENTS)
-    source = ValidSource(split, StreamRows(split, 12), 4, ByteTokenizer(["eot"]))
+    source = ValidText(split, StreamRows(split, 12), 4, ByteTokenizer(["eot"]))
     targets = np.concatenate([source.rows(s, slice(None))["targets"].ravel() for s in range(source.num_batches)])
     assert targets[:107].tolist() == split.tokens[1:].tolist() and targets[107] == EOT
 
 
 def test_validation_without_an_eot_leaves_out_the_first_token_and_its_bytes():
     split = split_of(DOCUMENTS, eot=None)
-    source = ValidSource(split, StreamRows(split, 12), 4, ByteTokenizer())
+    source = ValidText(split, StreamRows(split, 12), 4, ByteTokenizer())
     stream = flat(DOCUMENTS)
     found = flat(pairs(source.rows(s, slice(None))) for s in range(source.num_batches))
     assert sorted(found) == sorted(itertools.pairwise(stream))
@@ -310,7 +310,7 @@ def test_validation_without_an_eot_leaves_out_the_first_token_and_its_bytes():
 
 def test_validation_slices_concatenate_across_the_padding():
     split = split_of(DOCUMENTS)
-    source = ValidSource(split, StreamRows(split, 12, True), 4, ByteTokenizer(["eot"]))  # 9 rows: the last batch has 1
+    source = ValidText(split, StreamRows(split, 12, True), 4, ByteTokenizer(["eot"]))  # 9 rows: the last batch has 1
     whole = source.rows(2, slice(None))
     parts = [source.rows(2, slice(a, b)) for a, b in ((0, 1), (1, 2), (2, 4))]
     for name, values in whole.items():

@@ -323,7 +323,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_gradient_moments_decay_or
 
 
 def test_one_compilation_serves_a_run_of_mixed_tasks():
-    objective = Mixture({"a": Bigram(), "b": Bigram(rate=0.0)}, rows={"a": 4, "b": 4})
+    objective = Mixture({"a": Bigram(), "b": Bigram(rate=0.0)}, row_counts={"a": 4, "b": 4})
     step = build(objective)
     state = step.init(0)
     for turn in range(4):  # one task's targets run out, then the other's

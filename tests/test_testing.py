@@ -56,8 +56,8 @@ def test_causal_lm_keeps_the_contract(options):
 
 
 def test_compositions_keep_the_contract_also_inside_each_other():
-    inner = Mixture({"x": Bigram(), "y": Bigram(rate=0.0)}, {"y": 0.5}, rows={"x": 8, "y": 16})
-    outer = Mixture({"pair": Sum({"m": inner}, {"m": 2.0}), "z": Bigram()}, rows={"pair": 24, "z": 8})
+    inner = Mixture({"x": Bigram(), "y": Bigram(rate=0.0)}, {"y": 0.5}, row_counts={"x": 8, "y": 16})
+    outer = Mixture({"pair": Sum({"m": inner}, {"m": 2.0}), "z": Bigram()}, row_counts={"pair": 24, "z": 8})
     batch = {"pair": {"x": batch_of(8), "y": batch_of(16, 1)}, "z": batch_of(8, 2)}
     assert not check_objective(outer, batch).skipped
     assert set(outer.coefs) == {"pair/m/x/lm", "pair/m/x/some", "pair/m/y/lm", "pair/m/y/some", "z/lm", "z/some"}

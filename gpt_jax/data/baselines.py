@@ -22,17 +22,18 @@ def baselines(data: Any) -> dict[str, float]:
 
     xz is `xz -9e` on the validation text alone, documents joined by nothing (its first 8 MB). The unigram model is
     add-one token frequencies of the training text (its first 268M tokens), EOTs included, as for a trained model. {} if
-    nothing is held out; no xz figure where <unk> has lost the text.
+    no text is held out; no xz figure where <unk> has lost the text.
     """
     train, valid = ([s for name, s in data.splits.items() if name.rpartition("/")[2] == w] for w in ("train", "valid"))
-    if not valid:
+    size = sum(source.bytes for source in data.valid.values())
+    if not valid or not size:
         return {}
     out = {}
     if data.tokenizer.lossless:
         out["xz_bits_per_byte"] = xz_bits_per_byte(documents(valid, data.tokenizer))
     counts = sum(token_counts(split, data.tokenizer.vocab_size, _TRAIN_TOKENS) for split in train)
     nll = unigram_nll(counts, sum(token_counts(split, data.tokenizer.vocab_size) for split in valid))
-    out["unigram_bits_per_byte"] = nll / math.log(2) / sum(source.bytes for source in data.valid.values())
+    out["unigram_bits_per_byte"] = nll / math.log(2) / size
     return out
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from gpt_jax.data.formats import Arrays
 from gpt_jax.data.permutation import mix, permute
-from gpt_jax.data.rows import PieceRows, RowMaker, Rows, StreamRows
+from gpt_jax.data.rows import RowMaker, Rows, StreamRows
 from gpt_jax.data.store import Split
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError
@@ -118,30 +119,29 @@ def resolve_batch_schedule(
     return tuple(out)
 
 
-def batch_spec(batch_size: int, length: int, segments: bool) -> dict[str, Any]:
-    """Returns the shapes and dtypes of a text batch [B, T] (jax.ShapeDtypeStruct)."""
+def batch_spec(batch_size: int, arrays: Arrays) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a batch of such rows (jax.ShapeDtypeStruct)."""
     import jax  # here, so that processes that only tokenize do without it
 
-    kinds = {"tokens": np.int32, "targets": np.int32, "target_weights": np.float32}
-    kinds |= {"segment_ids": np.int32, "positions": np.int32} if segments else {}
-    return {name: jax.ShapeDtypeStruct((batch_size, length), kind) for name, kind in kinds.items()}
+    return {name: jax.ShapeDtypeStruct((batch_size, *shape), kind) for name, (shape, kind) in arrays.items()}
 
 
-class TextSource:
-    """Training batches of one text.
+class TrainSource:
+    """Training batches of one text or task.
 
     Args:
       maker: its rows.
       order: which rows a step reads.
       seed: of the permutation of every epoch.
       name: of the text, for errors.
+      whole: an epoch must fill a batch; the few examples of a task may come more than once in it.
 
     Raises:
       UserError: an epoch has fewer rows than a batch.
     """
 
-    def __init__(self, maker: RowMaker, order: BatchOrder, seed: int, name: str = "the corpus"):
-        if maker.rows_per_epoch < order.batch_size:
+    def __init__(self, maker: RowMaker, order: BatchOrder, seed: int, name: str = "the corpus", whole: bool = True):
+        if whole and maker.rows_per_epoch < order.batch_size:
             raise UserError(
                 f"{name} yields {maker.rows_per_epoch} rows of {maker.length} tokens, fewer than one batch of "
                 f"{order.batch_size}; use more text, a smaller batch_size or a shorter context_length."
@@ -150,7 +150,7 @@ class TextSource:
         self.rows_per_epoch = maker.rows_per_epoch
 
     def spec(self) -> dict[str, Any]:
-        return batch_spec(self.order.batch_size, self.maker.length, has_segments(self.maker))
+        return batch_spec(self.order.batch_size, self.maker.arrays)
 
     def batch_size(self, step: int) -> int:
         """Rows of the batch of a step."""
@@ -159,10 +159,6 @@ class TextSource:
     def rows(self, step: int, rows: slice) -> Rows:
         """Returns rows [start:stop) of the global batch of a step, arrays [stop - start, T]."""
         return pick(self.maker, self.order.rows(step, rows), self.seed)
-
-
-def has_segments(maker: RowMaker) -> bool:
-    return isinstance(maker, PieceRows) or maker.doc_mask
 
 
 def pick(maker: RowMaker, numbers: np.ndarray, seed: int) -> Rows:
@@ -176,32 +172,63 @@ def pick(maker: RowMaker, numbers: np.ndarray, seed: int) -> Rows:
 
 
 class ValidSource:
-    """Batches that cover a text once, in its order; the last is filled up with rows of weight 0.
-
-    Every token is predicted exactly once (with an EOT: all tokens and the EOT that ends each document; without: all
-    but the very first).
+    """Batches that cover a text or a task once, in its order; the last is filled up with rows of zeros, weights too.
 
     Args:
-      split: the text.
-      maker: its rows, unmoved (seed None).
-      rows_per_batch: B.
-      tokenizer: knows how many bytes a token stands for.
+      maker: its rows, unmoved (seed None). rows_per_batch: B.
 
     Attributes:
-      num_batches, num_targets: of the whole split.
-      bytes: of the original text whose tokens are targets.
+      num_batches: of the whole split. part: the part of a mixture that it is for; "" is the objective itself.
+      bytes: of the original text whose tokens are targets; 0 where bits per byte mean nothing.
     """
 
-    def __init__(self, split: Split, maker: RowMaker, rows_per_batch: int, tokenizer: Tokenizer):
-        self.split, self.maker, self._rows = split, maker, rows_per_batch
+    def __init__(self, maker: RowMaker, rows_per_batch: int, part: str = ""):
+        self.maker, self._rows, self.part = maker, rows_per_batch, part
         self.rows_per_epoch = maker.rows_per_epoch
         self.num_batches = -(-maker.rows_per_epoch // rows_per_batch)
+        self.bytes = 0
+
+    def spec(self) -> dict[str, Any]:
+        return batch_spec(self._rows, self.maker.arrays)
+
+    def batch_size(self, step: int) -> int:
+        return self._rows
+
+    def rows(self, step: int, rows: slice) -> Rows:
+        """Returns rows [start:stop) of batch `step`, arrays [stop - start, ...]."""
+        start, stop, _ = rows.indices(self._rows)
+        numbers = step * self._rows + np.arange(start, stop, dtype=np.int64)
+        real = numbers[numbers < self.rows_per_epoch]
+        out = self._real_rows(real)
+        return {
+            k: np.concatenate([v, np.zeros((len(numbers) - len(real), *v.shape[1:]), v.dtype)]) for k, v in out.items()
+        }
+
+    def _real_rows(self, numbers: np.ndarray) -> Rows:
+        return self.maker.build(np.zeros_like(numbers), numbers)
+
+
+class ValidText(ValidSource):
+    """Batches that cover a text once, every token predicted exactly once (with an EOT: all tokens and the EOT that ends
+    each document; without: all but the very first).
+
+    Args:
+      split: the text. maker: its rows, unmoved (seed None). rows_per_batch: B.
+      tokenizer: knows how many bytes a token stands for. part: see ValidSource.
+
+    Attributes:
+      num_targets: of the whole split.
+    """
+
+    def __init__(self, split: Split, maker: RowMaker, rows_per_batch: int, tokenizer: Tokenizer, part: str = ""):
+        super().__init__(maker, rows_per_batch, part)
+        self.split = split
         self._lengths, self._lossless = np.array(tokenizer.byte_lengths, np.int64), tokenizer.lossless
         self._unk, self._unk_nats = tokenizer.unk, tokenizer.unk_nats
         self._counted: dict[int, tuple[int, int, int]] = {}
         missed = 0
         if split.eot is None:
-            firsts = split.starts if has_segments(maker) else split.starts[:1]
+            firsts = split.starts if "segment_ids" in maker.arrays else split.starts[:1]
             missed = int(self._lengths[np.asarray(split.tokens[np.asarray(firsts, np.int64)])].sum())
         self.bytes = split.num_bytes - missed
 
@@ -209,25 +236,13 @@ class ValidSource:
     def num_targets(self) -> int:
         return self._count(self.num_batches)[0]
 
-    def spec(self) -> dict[str, Any]:
-        return batch_spec(self._rows, self.maker.length, has_segments(self.maker))
-
-    def batch_size(self, step: int) -> int:
-        return self._rows
-
-    def rows(self, step: int, rows: slice) -> Rows:
-        """Returns rows [start:stop) of batch `step`, arrays [stop - start, T]."""
-        start, stop, _ = rows.indices(self._rows)
-        numbers = step * self._rows + np.arange(start, stop, dtype=np.int64)
-        real = numbers[numbers < self.rows_per_epoch]
-        out = self.maker.build(np.zeros_like(real), real)
+    def _real_rows(self, numbers: np.ndarray) -> Rows:
+        out = super()._real_rows(numbers)
         if self.split.eot is None and isinstance(self.maker, StreamRows):
             # The stream's first token would be predicted from its last.
             row, column = divmod(self.split.num_tokens - 1, self.maker.length)
-            out["target_weights"][real == row, column] = 0
-        return {
-            k: np.concatenate([v, np.zeros((len(numbers) - len(real), *v.shape[1:]), v.dtype)]) for k, v in out.items()
-        }
+            out["target_weights"][numbers == row, column] = 0
+        return out
 
     def bytes_in(self, num_batches: int) -> int:
         """Returns the bytes of text that the first `num_batches` batches predict.

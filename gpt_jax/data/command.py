@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -24,6 +24,7 @@ def run_data(
     context_length: int,
     batch_size: int,
     seed: int,
+    rows: Callable[[Tokenizer], Any] | None = None,
     show: int = 0,
     cache_dir: str | pathlib.Path | None = None,
     log: Log | None = print,
@@ -41,7 +42,7 @@ def run_data(
     """
     stream = stream or sys.stdout
     prepared = prepare_data(
-        data, context_length=context_length, batch_size=batch_size, seed=seed, cache_dir=cache_dir, log=log
+        data, context_length=context_length, batch_size=batch_size, seed=seed, rows=rows, cache_dir=cache_dir, log=log
     )
     report = statistics(prepared)
     print(table(report), file=stream)
@@ -72,12 +73,15 @@ def table(report: dict[str, Any]) -> str:
     """Returns the statistics for people."""
     tokenizer = report["tokenizer"]
     lines = [f"tokenizer    {tokenizer['kind']}, {tokenizer['vocab_size']} tokens, {tokenizer['hash'][:12]}"]
-    for name, text in report["texts"].items():
+    for name, tasks in report.get("tasks", {}).items():
+        parts = ", ".join(f"{split} {' '.join(f'{n:,} {what}' for what, n in s.items())}" for split, s in tasks.items())
+        lines.append(f"task         {name}: {parts}")
+    for name, text in report.get("texts", {}).items():
         corpus = text.get("corpus", {})
         what = corpus if isinstance(corpus, str) else corpus.get("corpus", "tokens")
         lines.append(f"text         {name}: {what}, in {text.get('store') or text.get('tokens_file')}")
     head = f"{'split':<20}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}{'covered':>10}{'used':>8}"
-    lines += ["", head]
+    lines += ["", head] if report["splits"] else []
     for name, s in report["splits"].items():
         lines.append(
             f"{name:<20}{s['documents']:>12,}{s['bytes']:>16,}{s['tokens']:>16,}{s['bytes_per_token']:>13.3f}"
@@ -85,7 +89,7 @@ def table(report: dict[str, Any]) -> str:
         )
         if "unk" in s:
             lines.append(f"{'':<20}{s['unk']:>12,} <unk>, each worth {s['unk_nats']:.3f} nats more")
-    for k in next(iter(report["splits"].values()))["top"]:
+    for k in next(iter(report["splits"].values()), {"top": ()})["top"]:
         parts = ", ".join(f"{name} {s['top'][k]:.2%}" for name, s in report["splits"].items())
         lines.append(f"the {k:,} most frequent tokens are: {parts}")
     lines.append(f"rows of an epoch: {report['rows_per_epoch']:,}")
@@ -101,19 +105,21 @@ def print_rows(data: Data, count: int, stream: TextIO) -> None:
     Documents begin on a new line with their number in the row. Without a terminal, tokens of weight 0 stand in
     [brackets].
     """
-    colour = stream.isatty()
-    step = shown = 0
-    while shown < count:
-        batch = data.train.rows(step, slice(0, min(count - shown, data.train.batch_size(step))))
-        for row in range(len(batch["tokens"])):
-            print(f"\n--- step {step}, row {row} " + "-" * 60, file=stream)
-            print(format_row({k: v[row] for k, v in batch.items()}, data.tokenizer, colour), file=stream)
-        shown += len(batch["tokens"])
-        step += 1
+    for part, source in getattr(data.train, "parts", {"": data.train}).items():
+        step = shown = 0
+        while shown < count:
+            batch = source.rows(step, slice(0, min(count - shown, source.batch_size(step))))
+            for row in range(len(batch["tokens"])):
+                print(f"\n--- {part}{', ' if part else ''}step {step}, row {row} " + "-" * 60, file=stream)
+                print(format_row({k: v[row] for k, v in batch.items()}, data.tokenizer, stream.isatty()), file=stream)
+            shown += len(batch["tokens"])
+            step += 1
 
 
 def format_row(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -> str:
     """Returns a row [T] as text; see `print_rows`."""
+    if "targets" not in row:
+        return _format_fields(row, tokenizer)
     length = len(row["tokens"])
     segments = row.get("segment_ids")
     if segments is None:  # documents are visible by their EOT alone
@@ -136,6 +142,19 @@ def format_row(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -
     if used < length:
         tail += f", {length - used} padding"
     return "\n".join([*out, tail])
+
+
+def _format_fields(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> str:
+    """A row whose tokens are not predicted one from another: its text, then whatever else it holds."""
+    lines = []
+    used = np.atleast_2d(row["segment_ids"]) > 0
+    for tokens, here in zip(np.atleast_2d(row["tokens"]), used, strict=True):
+        lines.append(tokenizer.decode(tokens[here], specials="show"))
+    for name, values in row.items():
+        if name not in ("tokens", "segment_ids", "positions"):
+            shown = values[used[0]] if np.ndim(values) and np.shape(values) == np.shape(used[0]) else values
+            lines.append(f"{name}: {np.array2string(np.asarray(shown), threshold=40, precision=3)}")
+    return "\n".join(lines)
 
 
 def _runs(tokens: np.ndarray, weights: Sequence[float | None], tokenizer: Tokenizer, colour: bool) -> str:

@@ -12,14 +12,19 @@ import jax
 import numpy as np
 
 
-def global_batch(source: Any, step: int, shardings: Any = None) -> dict[str, jax.Array]:
+def global_batch(source: Any, step: int, shardings: Any = None) -> dict[str, Any]:
     """Returns the batch of a step as global arrays; this host builds only the rows that its devices hold.
 
     Args:
-      source: has rows(step, slice) and batch_size(step).
+      source: has rows(step, slice) and batch_size(step), or `parts`: sources by name, for a batch of sub-batches.
       step: its number.
       shardings: one for all arrays, a mapping by name, or None (the default device).
     """
+    if hasattr(source, "parts"):
+        return {
+            name: global_batch(part, step, shardings[name] if isinstance(shardings, Mapping) else shardings)
+            for name, part in source.parts.items()
+        }
     size = source.batch_size(step)
     built: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.data.batches import BatchOrder, batch_spec, has_segments, pick
+from gpt_jax.data.batches import BatchOrder, batch_spec, pick
 from gpt_jax.data.permutation import mix, permute
 from gpt_jax.data.rows import RowMaker, Rows
 from gpt_jax.errors import UserError
@@ -55,34 +55,40 @@ def assign(rows: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray,
 
 
 class MixtureSource:
-    """Training batches drawn from several texts in fixed proportions, each text without replacement.
+    """Training batches drawn from several texts or tasks in fixed proportions, each without replacement.
 
     Args:
-      makers: rows of each text, all of one T.
+      makers: rows of each, all of one shape.
       weights: of each.
       names: of each, for errors.
       order: which rows a step reads.
       seed: of all permutations.
+      whole: together they must fill a batch without repetition; the few examples of tasks may repeat.
 
     Raises:
       UserError: bad weights, or all texts together yield fewer rows than a batch.
     """
 
     def __init__(
-        self, makers: Sequence[RowMaker], weights: Sequence[float], names: Sequence[str], order: BatchOrder, seed: int
+        self,
+        makers: Sequence[RowMaker],
+        weights: Sequence[float],
+        names: Sequence[str],
+        order: BatchOrder,
+        seed: int,
+        whole: bool = True,
     ):
         self.makers, self.names, self.order, self.seed = list(makers), list(names), order, seed
         self.counts = block_counts(weights)
         self.rows_per_epoch = sum(m.rows_per_epoch for m in makers)
-        if self.rows_per_epoch < order.batch_size:
+        if whole and self.rows_per_epoch < order.batch_size:
             raise UserError(
                 f"the sources {', '.join(names)} yield {self.rows_per_epoch} rows, fewer than one batch of "
                 f"{order.batch_size}."
             )
 
     def spec(self) -> dict[str, Any]:
-        maker = self.makers[0]
-        return batch_spec(self.order.batch_size, maker.length, has_segments(maker))
+        return batch_spec(self.order.batch_size, self.makers[0].arrays)
 
     def batch_size(self, step: int) -> int:
         return self.order.rows_of_batch(self.order.batch_index(step))

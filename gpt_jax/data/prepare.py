@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpt_jax.data import cache
-from gpt_jax.data.batches import BatchOrder, TextSource, ValidSource
+from gpt_jax.data.batches import BatchOrder, TrainSource, ValidSource, ValidText
 from gpt_jax.data.build import build_store
 from gpt_jax.data.mixture import MixtureSource
 from gpt_jax.data.permutation import mix
@@ -18,7 +18,7 @@ from gpt_jax.data.store import Split, is_store, is_token_file, open_store, open_
 from gpt_jax.data.texts import Corpora, Log, Text, texts_of
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.data.tokenizer_choice import open_tokenizer
-from gpt_jax.errors import UserError, choose
+from gpt_jax.errors import UserError, choose, nearest
 
 LAYOUTS = ("packed", "padded", "bins")
 _VERSION = 1  # of the stores: a change of their format or content raises it
@@ -31,12 +31,14 @@ class Data:
     Attributes:
       tokenizer: of all texts.
       train: training batches by step.
-      valid: validation batches: {"valid": ...}, or one per source of a mixture under its name; empty if nothing is
-        held out.
+      valid: validation batches: {"valid": ...}, or several under their names: the sources of a mixture of texts, tasks,
+        and the parts of a mixture of objectives ("PART", or "PART/NAME" if it has several); empty if nothing is held
+        out.
       bytes, tokens, documents: per split ("train", "valid"; of a mixture also "NAME/train", ...): bytes of the
         original text; tokens with EOTs.
-      info: JSON-able: per text its fingerprint and store, and the tokenizer's hash.
+      info: JSON-able: per text its fingerprint and store, per task its examples, and the tokenizer's hash.
       splits: the tokens themselves, under the names of `bytes` (of a mixture only "NAME/train", ...).
+      tasks: what the objective may know of its tasks; for a mixture of objectives by part.
     """
 
     tokenizer: Tokenizer
@@ -47,6 +49,7 @@ class Data:
     documents: dict[str, int]
     info: dict[str, Any]
     splits: dict[str, Split]
+    tasks: Any = ()
 
 
 def prepare_data(
@@ -55,6 +58,7 @@ def prepare_data(
     context_length: int,
     batch_size: int,
     seed: int,
+    rows: Callable[[Tokenizer], Any] | None = None,
     eval_batch_size: int = 0,
     batch_schedule: Sequence[tuple[int, int]] = (),
     cache_dir: str | pathlib.Path | None = None,
@@ -67,6 +71,8 @@ def prepare_data(
       context_length: T, tokens of a row.
       batch_size: rows of the global batch.
       seed: of the order of the rows, unless data.seed is set.
+      rows: of the tokenizer, how the objective wants its rows (see `formats`): None (plain text), TextRows, ExampleRows
+        or {part: Part}.
       eval_batch_size: rows of a validation batch; 0 is batch_size.
       batch_schedule: ((until batch index, rows), ...) of `resolve_batch_schedule`.
       cache_dir: where tokenizers and stores are kept; default $GPT_JAX_CACHE, else ~/.cache/gpt_jax.
@@ -76,38 +82,148 @@ def prepare_data(
       UserError: whatever is wrong with the config, the files or the cache, in one line.
     """
     choose("data.layout", data.layout, LAYOUTS)
-    seed = data.seed if data.seed >= 0 else seed
-    order = BatchOrder(batch_size, tuple(map(tuple, batch_schedule)), tuple(map(tuple, data.skip)))
-    texts, mixed = texts_of(data), bool(data.sources)
-    root = cache.cache_root(cache_dir)
-    tokenizer, opened = open_texts(data.tokenizer, texts, root, data.workers, log)
+    place = _Place(
+        context_length,
+        eval_batch_size or batch_size,
+        data.seed if data.seed >= 0 else seed,
+        tuple(map(tuple, batch_schedule)),
+        cache.cache_root(cache_dir),
+        log or (lambda line: None),
+    )
+    texts = texts_of(data)
+    tokenizer = open_tokenizer(data.tokenizer, texts, _corpora(texts, place.root), place.root, place.log)
+    wanted = rows(tokenizer) if rows is not None else None
+    if not isinstance(wanted, Mapping):
+        return _prepare(data, wanted, tokenizer, batch_size, place)
+    if batch_schedule:
+        raise UserError("batch_schedule goes with one objective, not with a mixture of several.")
+    parts = {}
+    for name, part in wanted.items():
+        for key in part.data:
+            if not hasattr(data, key) or key == "tokenizer":
+                allowed = [f.name for f in dataclasses.fields(data) if f.name != "tokenizer"]
+                raise UserError(f"the data of part {name!r} has key {key!r}{nearest(key, allowed)}, not one of data's.")
+        own = dataclasses.replace(data, **part.data)
+        parts[name] = _prepare(own, part.rows, tokenizer, part.batch_size, place, name)
+    return _joined(tokenizer, parts)
 
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """What all parts of a run's data share."""
+
+    context_length: int
+    eval_batch_size: int
+    seed: int
+    schedule: tuple[tuple[int, int], ...]
+    root: pathlib.Path
+    log: Log
+
+
+def _prepare(data: Any, rows: Any, tokenizer: Tokenizer, batch_size: int, place: _Place, part: str = "") -> Data:
+    """The data of one objective."""
+    choose("data.layout", data.layout, LAYOUTS)
+    order = BatchOrder(batch_size, place.schedule, tuple(map(tuple, data.skip)))
+    if hasattr(rows, "encode"):
+        return _prepare_tasks(data, rows, tokenizer, order, place, part)
+    if data.tasks:
+        what = f"the objective {part!r}" if part else "the objective"
+        raise UserError(f"data.tasks is {data.tasks!r}, but {what} reads text; leave it empty.")
+    length, seed, texts = place.context_length, place.seed, texts_of(data)
+    mixed = bool(data.sources)
+    opened = open_texts(texts, tokenizer, place.root, data.workers, place.log)
     makers, splits, valid = [], {}, {}
     for k, (text, (found, _)) in enumerate(zip(texts, opened, strict=True)):
         if "train" not in found:
             raise UserError(f"{text.label} has no training text.")
-        makers.append(make_rows(found["train"], context_length, data.layout, data.doc_mask, mix(seed, k, 5)))
+        makers.append(make_rows(found["train"], length, data.layout, data.doc_mask, mix(seed, k, 5), rows))
         for name, split in found.items():
             splits[f"{text.name}/{name}" if mixed else name] = split
         if "valid" in found:
-            rows = make_rows(found["valid"], context_length, data.layout, data.doc_mask, None)
-            size = eval_batch_size or batch_size
-            valid[text.name if mixed else "valid"] = ValidSource(found["valid"], rows, size, tokenizer)
+            maker = make_rows(found["valid"], length, data.layout, data.doc_mask, None, rows)
+            size = place.eval_batch_size
+            plain = rows is None
+            name = text.name if mixed else "valid"
+            valid[name] = (
+                ValidText(found["valid"], maker, size, tokenizer, part) if plain else ValidSource(maker, size, part)
+            )
     if mixed:
         train = MixtureSource(makers, [t.weight for t in texts], [t.name for t in texts], order, seed)
     else:
-        train = TextSource(makers[0], order, seed, texts[0].label)
+        train = TrainSource(makers[0], order, seed, texts[0].label)
 
     counts = {
         what: _with_totals({name: getattr(split, f"num_{what}") for name, split in splits.items()}, mixed)
         for what in ("bytes", "tokens", "documents")
     }
     info = {
-        "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash},
+        "tokenizer": tokenizer_info(tokenizer),
         "texts": {t.name: entry for t, (_, entry) in zip(texts, opened, strict=True)},
         **counts,
     }
     return Data(tokenizer, train, valid, **counts, info=info, splits=splits)
+
+
+def _prepare_tasks(data: Any, rows: Any, tokenizer: Tokenizer, order: BatchOrder, place: _Place, part: str) -> Data:
+    from gpt_jax.data.task_rows import task_sources
+
+    train, valid, infos, counts = task_sources(
+        data,
+        rows,
+        tokenizer,
+        length=place.context_length,
+        order=order,
+        eval_batch_size=place.eval_batch_size,
+        seed=place.seed,
+        part=part,
+        log=place.log,
+    )
+    if len(infos) == 1:
+        valid = dict(zip(("valid",), valid.values(), strict=False))
+    info = {"tokenizer": tokenizer_info(tokenizer), "tasks": counts}
+    return Data(tokenizer, train, valid, {}, {}, {}, info=info, splits={}, tasks=infos)
+
+
+def _joined(tokenizer: Tokenizer, parts: Mapping[str, Data]) -> Data:
+    """The data of a mixture of objectives: everything by part."""
+
+    def named(what: str) -> dict[str, Any]:
+        return {f"{p}/{name}": value for p, data in parts.items() for name, value in getattr(data, what).items()}
+
+    valid = {name.removesuffix("/valid"): source for name, source in named("valid").items()}
+    info = {"tokenizer": tokenizer_info(tokenizer), "parts": {p: data.info for p, data in parts.items()}}
+    return Data(
+        tokenizer,
+        PartsSource({p: data.train for p, data in parts.items()}),
+        valid,
+        named("bytes"),
+        named("tokens"),
+        named("documents"),
+        info=info,
+        splits=named("splits"),
+        tasks={p: data.tasks for p, data in parts.items()},
+    )
+
+
+class PartsSource:
+    """Batches of a mixture of objectives: a sub-batch per part, each a source of its own."""
+
+    def __init__(self, parts: Mapping[str, Any]):
+        self.parts = dict(parts)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return sum(part.rows_per_epoch for part in self.parts.values())
+
+    def spec(self) -> dict[str, Any]:
+        return {name: part.spec() for name, part in self.parts.items()}
+
+    def batch_size(self, step: int) -> int:
+        return sum(part.batch_size(step) for part in self.parts.values())
+
+
+def tokenizer_info(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash}
 
 
 def _with_totals(counts: Mapping[str, int], mixed: bool) -> dict[str, int]:
@@ -115,26 +231,26 @@ def _with_totals(counts: Mapping[str, int], mixed: bool) -> dict[str, int]:
     return totals | (dict(counts) if mixed else {})
 
 
+def _corpora(texts: Sequence[Text], root: pathlib.Path) -> list[Corpora | None]:
+    return [None if _is_prebuilt(text.path) else Corpora(text, root) for text in texts]
+
+
 def open_texts(
-    config: Any, texts: Sequence[Text], root: pathlib.Path, workers: int, log: Log | None
-) -> tuple[Tokenizer, list[tuple[dict[str, Split], dict[str, Any]]]]:
-    """Returns the tokenizer and per text (its splits, what identifies it)."""
-    say = log or (lambda line: None)
-    prebuilt = [_is_prebuilt(t.path) for t in texts]
-    corpora = [None if p else Corpora(t, root) for t, p in zip(texts, prebuilt, strict=True)]
-    tokenizer = open_tokenizer(config, texts, corpora, root, say)
+    texts: Sequence[Text], tokenizer: Tokenizer, root: pathlib.Path, workers: int, log: Log
+) -> list[tuple[dict[str, Split], dict[str, Any]]]:
+    """Returns per text (its splits, what identifies it); builds the stores that are not in the cache."""
     opened = []
-    for text, corpus in zip(texts, corpora, strict=True):
+    for text, corpus in zip(texts, _corpora(texts, root), strict=True):
         if corpus is None:
             opened.append(_open_prebuilt(text, tokenizer, root))
         else:
             key = cache.content_hash([_VERSION, corpus.identity, tokenizer.hash])
             path = root / "stores" / key
             if not path.exists():
-                say(f"tokenizing {text.label} with {tokenizer.kind} ({tokenizer.vocab_size} tokens) into {path}")
+                log(f"tokenizing {text.label} with {tokenizer.kind} ({tokenizer.vocab_size} tokens) into {path}")
             progress = Progress()
             store = build_store(
-                corpus.split_documents(progress, say),
+                corpus.split_documents(progress, log),
                 tokenizer,
                 path,
                 workers=workers,
@@ -143,7 +259,7 @@ def open_texts(
                 log=log,
             )
             opened.append((store.splits, {"store": str(path), **corpus.identity}))
-    return tokenizer, opened
+    return opened
 
 
 def _is_prebuilt(path: str) -> bool:

@@ -6,16 +6,30 @@ from typing import Protocol
 
 import numpy as np
 
+from gpt_jax.data.formats import Arrays, TextRows
 from gpt_jax.data.permutation import mix
 from gpt_jax.data.store import Split
 
 Rows = dict[str, np.ndarray]
 
 
+def text_arrays(length: int, segments: bool) -> Arrays:
+    """What a row of text holds: tokens, the next tokens, their weights, and where documents are kept apart which."""
+    kinds = {"tokens": np.int32, "targets": np.int32, "target_weights": np.float32}
+    kinds |= {"segment_ids": np.int32, "positions": np.int32} if segments else {}
+    return {name: ((length,), kind) for name, kind in kinds.items()}
+
+
 class RowMaker(Protocol):
-    """Rows of one text. Row i of an epoch is the same whatever order it is read in."""
+    """Rows of one text or task. Row i of an epoch is the same whatever order it is read in.
+
+    Attributes:
+      rows_per_epoch: how many there are. length: T, tokens of a row. arrays: name -> (shape, dtype) of a row's arrays.
+    """
 
     rows_per_epoch: int
+    length: int
+    arrays: Arrays
 
     def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
         """Returns rows `indices` [n] of `epochs` [n] as arrays [n, T]."""
@@ -44,6 +58,7 @@ class StreamRows:
     def __init__(self, split: Split, length: int, doc_mask: bool = False, seed: int | None = None):
         self.split, self.length, self.doc_mask, self.seed = split, length, doc_mask, seed
         self.rows_per_epoch = -(-split.num_tokens // length)
+        self.arrays = text_arrays(length, segments=doc_mask)
 
     def offset(self, epoch: int) -> int:
         """Returns where epoch's first row begins."""
@@ -103,6 +118,7 @@ class PieceRows:
         else:
             self._order, self._bounds = np.arange(len(document)), np.arange(len(document) + 1)
         self.rows_per_epoch = len(self._bounds) - 1
+        self.arrays = text_arrays(length, segments=True)
 
     def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
         n, length = len(indices), self.length
@@ -120,6 +136,30 @@ class PieceRows:
                 if self.split.eot is None and self.split.begins(start + size, 1)[0]:
                     out["target_weights"][row, at + size - 1] = 0
                 at += size
+        return out
+
+
+class ChangedRows:
+    """Rows of a stream of text that a function changes one by one, each under a generator of its own.
+
+    Args:
+      split: the text. length: T, of a row after the change. change: how. seed: of offsets and generators; None: the
+        same rows every time, from the stream's beginning.
+    """
+
+    def __init__(self, split: Split, length: int, change: TextRows, seed: int | None = None):
+        self.length, self._change, self._seed = length, change, seed
+        self._stream = StreamRows(split, change.raw_length, seed=seed)
+        self.rows_per_epoch = self._stream.rows_per_epoch
+        self.arrays = {name: ((length,), kind) for name, kind in change.arrays.items()}
+
+    def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
+        tokens = self._stream.build(epochs, indices)["tokens"]
+        out = {name: np.zeros((len(indices), *shape), kind) for name, (shape, kind) in self.arrays.items()}
+        for row, (epoch, i) in enumerate(zip(epochs.tolist(), indices.tolist(), strict=True)):
+            generator = np.random.Generator(np.random.Philox(mix(self._seed or 0, epoch, i, 6)))
+            for name, values in self._change.make(tokens[row], generator).items():
+                out[name][row] = values
         return out
 
 
@@ -155,8 +195,12 @@ def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.cumsum([0, *map(len, bins)])
 
 
-def make_rows(split: Split, length: int, layout: str, doc_mask: bool, seed: int | None) -> RowMaker:
-    """Returns the rows of a text in the layout that a config names: packed, padded or bins."""
+def make_rows(
+    split: Split, length: int, layout: str, doc_mask: bool, seed: int | None, change: TextRows | None = None
+) -> RowMaker:
+    """Returns the rows of a text in the layout that a config names (packed, padded or bins), or changed by `change`."""
+    if change is not None:
+        return ChangedRows(split, length, change, seed)
     if layout == "packed":
         return StreamRows(split, length, doc_mask, seed)
     return PieceRows(split, length, bins=layout == "bins")

@@ -27,8 +27,10 @@ Schedule = Callable[[Array], Array]
 # One line per objective; the file it names is all there is to it.
 REGISTRY: dict[str, str] = {
     "causal_lm": "gpt_jax.objectives.causal_lm:CausalLM",
+    "classify": "gpt_jax.objectives.classify:Classify",
     "mixture": "gpt_jax.objectives.compose:Mixture",
     "sum": "gpt_jax.objectives.compose:Sum",
+    "supervised": "gpt_jax.objectives.supervised:Supervised",
 }
 
 
@@ -98,6 +100,22 @@ class Objective(abc.ABC):
         """Returns the number of row keys that a batch needs: the rows of its largest part."""
         return max(leaf.shape[0] for leaf in jax.tree.leaves(batch))
 
+    # Only where the data is not plain text.
+
+    @classmethod
+    def rows(cls, options: Mapping[str, Any], host: Host) -> Any:
+        """How the data makes rows for this objective, on the host: None (plain text, as data.layout says), or TextRows,
+        ExampleRows or {part: Part} of gpt_jax/data/formats.py. Called before the model is known."""
+        return None
+
+    def parts(self) -> dict[str, tuple[Objective, float]]:
+        """Returns the objectives with sub-batches, and so validation sets, of their own, and their coefficients."""
+        return {"": (self, 1.0)}
+
+    def predict(self, params: Params, batch: Batch) -> dict[str, Array]:
+        """Returns what predictions are made of, {name: [rows, ...]}, from rows of the data (not prepared)."""
+        raise NotImplementedError
+
     @classmethod
     def build(cls, options: Mapping[str, Any], setting: Setting) -> Objective:
         """Makes the objective of a config's options; unknown ones are an error naming the closest."""
@@ -111,6 +129,7 @@ class Setting:
     Attributes:
       model: the model's config. specials: ids of the tokenizer's special tokens by name.
       steps: steps of the run. batch_size, context_length: of the run.
+      tasks: TaskInfo of the tasks that share its rows; for an objective of parts {part: such}.
     """
 
     model: ModelConfig
@@ -118,15 +137,38 @@ class Setting:
     steps: int = 0
     batch_size: int = 0
     context_length: int = 0
+    tasks: Any = ()
 
     def special(self, name: str) -> int:
         """Returns the id of a special token; raises a UserError that says how to add it."""
-        if name not in self.specials:
-            raise UserError(
-                f"the tokenizer has no special token {name!r} (it has: {', '.join(self.specials) or 'none'}); "
-                "add it to data.tokenizer.specials."
-            )
-        return self.specials[name]
+        return special_id(self.specials, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """What `Objective.rows` may know of the run.
+
+    Attributes:
+      specials: ids of the tokenizer's special tokens by name. context_length, batch_size: of the run.
+    """
+
+    specials: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    context_length: int = 0
+    batch_size: int = 0
+
+    def special(self, name: str) -> int:
+        """Returns the id of a special token; raises a UserError that says how to add it."""
+        return special_id(self.specials, name)
+
+
+def special_id(specials: Mapping[str, int], name: str) -> int:
+    """Returns the id of a special token; raises a UserError that says how to add it."""
+    if name not in specials:
+        raise UserError(
+            f"the tokenizer has no special token {name!r} (it has: {', '.join(specials) or 'none'}); "
+            "add it to data.tokenizer.specials."
+        )
+    return specials[name]
 
 
 def option_fields(cls: type) -> dict[str, dataclasses.Field]:
@@ -151,7 +193,7 @@ def check_spec(spec: Mapping[str, Any]) -> type[Objective]:
     if "name" not in spec:
         raise UserError("the objective has no 'name'.")
     cls = objective_class(spec["name"])
-    check_options(cls, {key: value for key, value in spec.items() if key != "name"})
+    check_options(cls, _options(spec))
     return cls
 
 
@@ -179,8 +221,16 @@ def objective_class(name: str) -> type[Objective]:
 
 def build_objective(spec: Mapping[str, Any], setting: Setting) -> Objective:
     """Makes an objective of a config's `objective` table, {"name": ..., options...}."""
-    cls = check_spec(spec)
-    return cls.build({key: value for key, value in spec.items() if key != "name"}, setting)
+    return check_spec(spec).build(_options(spec), setting)
+
+
+def rows_of(spec: Mapping[str, Any], host: Host) -> Any:
+    """How the data makes rows for the objective that a config's table names: see `Objective.rows`."""
+    return check_spec(spec).rows(_options(spec), host)
+
+
+def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key != "name"}
 
 
 def text_spec(batch_size: int, context_length: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt_jax.errors import UserError, choose
-from gpt_jax.losses import chunked_cross_entropy, cross_entropy
 from gpt_jax.model import Mask, Transformer
 from gpt_jax.objectives.base import Batch, Objective, Params, Setting, check_options, text_spec
+from gpt_jax.objectives.text import token_losses
 from gpt_jax.options import option
 
 REWEIGHTINGS = ("none", "perplexity", "literal", "focal", "excess")
@@ -110,21 +110,18 @@ class CausalLM(Objective):
 
     def _token_losses(self, params: Params, batch: Batch, keys: Array | None) -> tuple[Array, Array]:
         """Returns (loss, nll), each [B, T]."""
-        mask = Mask("causal", segments_BxT=batch.get("segment_ids"))
-        hidden_BxTxD, _ = self.model.apply(
-            {"params": params}, batch["tokens"], mask=mask, positions=batch.get("positions"), keys=keys, method="encode"
+        return token_losses(
+            self.model,
+            params,
+            batch["tokens"],
+            batch["targets"],
+            mask=Mask("causal", segments_BxT=batch.get("segment_ids")),
+            positions_BxT=batch.get("positions"),
+            keys_B=keys,
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+            chunk=self.loss_chunk,
         )
-
-        def unembed(hidden: Array) -> Array:
-            return self.model.apply({"params": params}, hidden, method="unembed")
-
-        kwargs = dict(z_loss=self.z_loss, label_smoothing=self.label_smoothing, vocab_size=self.model.config.vocab_size)
-        targets = batch["targets"]
-        if not self.loss_chunk:
-            return cross_entropy(unembed(hidden_BxTxD), targets, **kwargs)
-        flat = hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1])
-        loss, nll = chunked_cross_entropy(unembed, flat, targets.reshape(-1), chunk=self.loss_chunk, **kwargs)
-        return loss.reshape(targets.shape), nll.reshape(targets.shape)
 
     @property
     def needs_scores(self) -> bool:

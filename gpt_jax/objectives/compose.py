@@ -14,9 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gpt_jax.data.formats import Part
 from gpt_jax.errors import UserError
 from gpt_jax.model.random import fold_name
-from gpt_jax.objectives.base import Batch, Objective, Params, Setting, build_objective, check_options
+from gpt_jax.objectives.base import (
+    Batch,
+    Host,
+    Objective,
+    Params,
+    Setting,
+    build_objective,
+    check_options,
+    rows_of,
+)
 from gpt_jax.options import option
 from gpt_jax.sharding import path_name
 
@@ -25,6 +35,11 @@ from gpt_jax.sharding import path_name
 class _Composition(Objective):
     children: Mapping[str, Objective]
     child_coefs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model(self) -> Any:
+        """The model that the first child that has one trains: what samples are drawn from."""
+        return next((child.model for child in self.children.values() if hasattr(child, "model")), None)
 
     @property
     def coefs(self) -> dict[str, Any]:
@@ -112,34 +127,62 @@ class Mixture(_Composition):
     """Several objectives, each on its own sub-batch: batch = {child: sub-batch}.
 
     Attributes:
-      children: objectives by name. child_coefs: factor of each. rows: rows of each in a global batch.
+      children: objectives by name. child_coefs: factor of each. row_counts: rows of each in a global batch.
     """
 
-    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    tasks: Mapping[str, Any] = option({}, "{name: {'name': objective, 'rows': n, 'coef': 1.0, options...}}")
+    row_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tasks: Mapping[str, Any] = option(
+        {}, "{name: {'name': objective, 'rows': n, 'coef': 1.0, 'data': {data keys of its own}, options...}}"
+    )
+
+    @classmethod
+    def rows(cls, options: Mapping[str, Any], host: Host) -> dict[str, Part]:
+        parts = {}
+        for name, (spec, rows, _, data) in _children(options, host.batch_size).items():
+            own = rows_of(spec, dataclasses.replace(host, batch_size=rows))
+            if isinstance(own, Mapping):
+                raise UserError(f"objective.tasks has a mixture, {name!r}; name its tasks in the outer one.")
+            parts[name] = Part(own, data, rows)
+        return parts
 
     @classmethod
     def build(cls, options: Mapping[str, Any], setting: Setting) -> Mixture:
-        tasks = check_options(cls, options).get("tasks", {})
-        if not tasks:
-            raise UserError("objective.tasks is empty; a mixture needs at least one task.")
-        children, coefs, rows = {}, {}, {}
-        for name, spec in tasks.items():
-            spec = dict(spec)
-            rows[name] = spec.pop("rows", setting.batch_size // len(tasks))
-            coefs[name] = spec.pop("coef", 1.0)
-            children[name] = build_objective(spec, setting)
-        if sum(rows.values()) != setting.batch_size:
-            raise UserError(
-                f"the rows of objective.tasks sum to {sum(rows.values())} ({rows}), "
-                f"not to batch_size={setting.batch_size}."
-            )
-        return cls(children=children, child_coefs=coefs, rows=rows)
+        children, coefs, counts = {}, {}, {}
+        for name, (spec, rows, coef, _) in _children(check_options(cls, options), setting.batch_size).items():
+            tasks = setting.tasks.get(name, ()) if isinstance(setting.tasks, Mapping) else ()
+            children[name] = build_objective(spec, dataclasses.replace(setting, batch_size=rows, tasks=tasks))
+            coefs[name], counts[name] = coef, rows
+        return cls(children=children, child_coefs=coefs, row_counts=counts)
+
+    def parts(self) -> dict[str, tuple[Objective, float]]:
+        return {name: (child, self.child_coefs.get(name, 1.0)) for name, child in self.children.items()}
 
     def batch_spec(self, batch_size: int, context_length: int) -> Any:
-        total = sum(self.rows.values()) or len(self.children)
-        share = {name: self.rows.get(name, 1) * batch_size // total for name in self.children}
+        total = sum(self.row_counts.values()) or len(self.children)
+        share = {name: self.row_counts.get(name, 1) * batch_size // total for name in self.children}
         return {name: child.batch_spec(share[name], context_length) for name, child in self.children.items()}
+
+
+def _children(options: Mapping[str, Any], batch_size: int) -> dict[str, tuple[dict, int, float, dict]]:
+    """Reads a mixture's tasks: {name: (objective's table, rows, coefficient, data keys)}; rows not given are shared."""
+    tasks = options.get("tasks", {})
+    if not tasks:
+        raise UserError("objective.tasks is empty; a mixture needs at least one task.")
+    given = sum(spec.get("rows", 0) for spec in tasks.values())
+    others = [name for name, spec in tasks.items() if "rows" not in spec]
+    out = {}
+    for name, spec in tasks.items():
+        own = {key: value for key, value in spec.items() if key not in ("rows", "coef", "data")}
+        share = (batch_size - given) // len(others) if others else 0
+        if others and name == others[0]:
+            share += (batch_size - given) % len(others)
+        out[name] = (own, spec.get("rows", share), spec.get("coef", 1.0), dict(spec.get("data", {})))
+    counts = {name: rows for name, (_, rows, _, _) in out.items()}
+    if sum(counts.values()) != batch_size or min(counts.values()) < 1:
+        raise UserError(
+            f"the rows of objective.tasks are {counts}; they must be at least 1 and sum to batch_size={batch_size}."
+        )
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +190,17 @@ class Sum(_Composition):
     """Several objectives on the same batch; each prepares its own copy under its own keys."""
 
     terms: Mapping[str, Any] = option({}, "{name: {'name': objective, 'coef': 1.0, options...}}")
+
+    @classmethod
+    def rows(cls, options: Mapping[str, Any], host: Host) -> Any:
+        found = [
+            rows_of({key: value for key, value in spec.items() if key != "coef"}, host)
+            for spec in options.get("terms", {}).values()
+        ]
+        other = next((rows for rows in found if rows is not None), None)
+        if any(rows is not None and rows is not other for rows in found):
+            raise UserError("the terms of a sum share one batch; use a mixture for objectives with rows of their own.")
+        return other
 
     @classmethod
     def build(cls, options: Mapping[str, Any], setting: Setting) -> Sum:

@@ -1,0 +1,17 @@
+"""Classification on the embedded corpus: which kind of object is a piece of Python source?"""
+
+from gpt_jax.config import base
+
+
+def get_config():
+    config = base()
+    config.steps = 200
+    config.batch_size = 16
+    config.context_length = 128
+    config.model.update(num_layers=2, d_model=128, num_heads=4)
+    config.objective = dict(name="classify", coefs={"classify": 1.0, "lm": 0.5})
+    config.data.tasks = ("python_kinds",)
+    config.data.corpus = "python_source"
+    config.data.tokenizer.vocab_size = 2048
+    config.eval.every_steps = 100
+    return config

@@ -1,0 +1,29 @@
+"""Linear heads on a model's hidden states: parameters with logical axes, applied in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from gpt_jax.model import ModelConfig
+from gpt_jax.model.random import dropout, fold_name
+
+
+def init_linear(key: Array, config: ModelConfig, outputs: int) -> dict[str, Any]:
+    """Returns {"kernel": [D, outputs], "bias": [outputs]}, boxed with their logical axes; the bias starts at 0."""
+    kernel = config.init_std * jax.random.normal(key, (config.d_model, outputs), jnp.dtype(config.param_dtype))
+    return {
+        "kernel": nn.LogicallyPartitioned(kernel, ("embed", None)),
+        "bias": nn.LogicallyPartitioned(jnp.zeros(outputs, config.param_dtype), (None,)),
+    }
+
+
+def apply_linear(params: Any, x: Array, rate: float = 0.0, keys_B: Array | None = None) -> Array:
+    """x [B, ..., D] -> [B, ..., outputs] float32, with dropout of x under a key per row."""
+    if keys_B is not None:
+        x = dropout(x, rate, fold_name(keys_B, "head"))
+    return x.astype(jnp.float32) @ params["kernel"].astype(jnp.float32) + params["bias"].astype(jnp.float32)
