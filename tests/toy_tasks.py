@@ -1,0 +1,51 @@
+"""Tasks of a few made-up examples, named in configs by import path."""
+
+from gpt_jax.tasks import Classify, Task, TextToText
+
+COLOURS = ("red", "green", "blue")
+CLOSED = ("yes", "no")
+
+
+def colours(train: int = 24, valid: int = 7) -> Task:
+    """Which colour does the text name?"""
+
+    def split(first, count):
+        def read():
+            for i in range(first, first + count):
+                label = COLOURS[(i * 7 + i // 3) % 3]
+                yield Classify(f"{'very ' * (i % 4)}{label} no. {i}", label, where=f"colours:{i}")
+
+        return read
+
+    splits = {"train": split(0, train), "valid": split(1000, valid)}
+    return Task("colours", "classify", ("accuracy",), splits, labels=COLOURS)
+
+
+def pairs(train: int = 12, valid: int = 6) -> Task:
+    """Are the two words the same?"""
+
+    def split(first, count):
+        def read():
+            for i in range(first, first + count):
+                a, b = f"w{i % 5}", f"w{(i * i) % 5}"
+                yield Classify(a, CLOSED[a != b], text_b=b, where=f"pairs:{i}")
+
+        return read
+
+    splits = {"train": split(0, train), "valid": split(100, valid)}
+    return Task("pairs", "classify", ("accuracy",), splits, labels=CLOSED)
+
+
+def reverse(train: int = 20, valid: int = 5, letters: int = 4) -> Task:
+    """Spell a word backwards."""
+
+    def split(first, count):
+        def read():
+            for i in range(first, first + count):
+                word = "".join("abcdefgh"[(i * (j + 3) + j * j) % 8] for j in range(1 + i % letters))
+                yield TextToText(f"{word}>", word[::-1], where=f"reverse:{i}")
+
+        return read
+
+    splits = {"train": split(0, train), "valid": split(3, valid)}
+    return Task("reverse", "text_to_text", ("exact_match",), splits)
