@@ -64,7 +64,7 @@ class EncodedTask:
             pieces = [self.pieces[p] for p in self._order[self._bounds[i] : self._bounds[i + 1]].tolist()]
             if not self.format.pack:
                 for name, values in pieces[0].items():
-                    out[name][row][tuple(map(slice, np.shape(values)))] = values
+                    out[name][(row, *map(slice, np.shape(values)))] = values
                 continue
             at = 0
             for segment, piece in enumerate(pieces, 1):
