@@ -31,6 +31,11 @@ class Example:
         """What a prediction is compared with: see `gpt_jax.tasks.metrics`."""
         raise NotImplementedError
 
+    @property
+    def document(self) -> str:
+        """The text by whose hash examples are held out: those that share it are in one split."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
 class Classify(Example):
@@ -47,6 +52,10 @@ class Classify(Example):
     @property
     def gold(self) -> str:
         return self.label
+
+    @property
+    def document(self) -> str:
+        return f"{self.text}\n{self.text_b}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +86,10 @@ class TextToText(Example):
     def gold(self) -> tuple[str, ...]:
         return self.references
 
+    @property
+    def document(self) -> str:
+        return self.source
+
 
 @dataclasses.dataclass(frozen=True)
 class Tagged(Example):
@@ -97,6 +110,10 @@ class Tagged(Example):
     @property
     def gold(self) -> tuple[str, ...]:
         return self.tags
+
+    @property
+    def document(self) -> str:
+        return " ".join(self.words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +149,10 @@ class SpanQA(Example):
     def gold(self) -> tuple[str, ...]:
         return tuple(text for text, _ in self.answers)
 
+    @property
+    def document(self) -> str:
+        return self.context
+
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice(Example):
@@ -154,6 +175,10 @@ class MultipleChoice(Example):
     def gold(self) -> int:
         return self.answer
 
+    @property
+    def document(self) -> str:
+        return self.prompt
+
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue(Example):
@@ -174,6 +199,10 @@ class Dialogue(Example):
     @property
     def gold(self) -> tuple[str, ...]:
         return (self.turns[-1][1],)
+
+    @property
+    def document(self) -> str:
+        return self.turns[0][1] if self.turns else ""
 
 
 KINDS: dict[str, type[Example]] = {
