@@ -301,4 +301,5 @@ def files(read: Callable[..., Iterable[Example | Malformed]], hold_out: float = 
     if hold_out > 0 and "train" in splits and "valid" not in splits:
         parts = {"train": lambda item: not is_valid(item), "valid": is_valid}
         splits = {**splits, **{name: split(paths["train"], keep) for name, keep in parts.items()}}
-    return {name: splits[name] for name in paths if name in splits}
+    order = ["train", "valid", *paths]
+    return {name: splits[name] for name in sorted(splits, key=order.index)}

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from gpt_jax.tasks.base import Classify, Task
-from gpt_jax.tasks.python_library import SHARES, Definition, definitions, split_of
+from gpt_jax.tasks.python_library import SHARES, Definition, definitions, distinct, split_of
 
 KINDS = ("class", "function", "generator", "method", "module", "property")
 _PROPERTIES = ("property", "cached_property", "setter", "getter", "deleter")
@@ -19,18 +19,17 @@ def task(size: int = 4200, longest: int = 400) -> Task:
     `longest` characters.
     """
 
-    def build(definition: Definition, kind: str) -> Classify | None:
+    def build(definition: Definition) -> Classify | None:
+        kind = kind_of(definition)
         text = textwrap.dedent("\n".join(definition.code.split("\n")[definition.line :]))[:longest].strip("\n")
-        return Classify(text, kind, where=definition.name) if len(text) >= 20 else None
+        return Classify(text, kind, where=definition.name) if kind and len(text) >= 20 else None
 
     def examples(split: str) -> Iterator[Classify]:
         most = round(size * SHARES[split] / len(KINDS))
         found: dict[str, list[Classify]] = {kind: [] for kind in KINDS}
-        for definition in definitions():
-            if split_of(definition.code) == split:
-                kind = kind_of(definition)
-                if kind and len(found[kind]) < most and (example := build(definition, kind)) is not None:
-                    found[kind].append(example)
+        for example in distinct(map(build, definitions())):
+            if split_of(example.document) == split and len(found[example.label]) < most:
+                found[example.label].append(example)
         for turn in itertools.zip_longest(*found.values()):
             yield from filter(None, turn)
 

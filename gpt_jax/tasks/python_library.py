@@ -1,7 +1,7 @@
 """Definitions of Python's own library, which every installation has: what the python_* tasks are made of.
 
 The source is read with `ast` and never imported; what is found is kept in the cache, since parsing it all takes
-seconds. Splits are by the hash of the code, so that equal code is never on both sides.
+seconds. Splits are by the hash of what an example shows, so that nothing is on both sides.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from gpt_jax.data import cache, corpora
 from gpt_jax.tasks.base import Example, Split
@@ -57,14 +57,23 @@ def library_splits(build: Callable[[Definition], Example | None], size: int) -> 
 
     def examples(split: str) -> Iterator[Example]:
         left = round(size * SHARES[split])
-        for definition in definitions():
-            if left == 0:
-                return
-            if split_of(definition.code) == split and (example := build(definition)) is not None:
-                left -= 1
+        for example in distinct(map(build, definitions())):
+            if split_of(example.document) == split:
                 yield example
+                left -= 1
+                if left == 0:
+                    return
 
     return {split: lambda split=split: examples(split) for split in SHARES}
+
+
+def distinct(examples: Iterable[Example | None]) -> Iterator[Example]:
+    """Yields the examples that are not None, of those with the same document the first."""
+    seen = set()
+    for example in examples:
+        if example is not None and example.document not in seen:
+            seen.add(example.document)
+            yield example
 
 
 def split_of(text: str) -> str:
