@@ -19,8 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from sklearn.feature_extraction import FeatureHasher
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from gpt_jax.errors import UserError
@@ -39,8 +38,13 @@ def most_frequent(values: Iterable[str]) -> str:
     return collections.Counter(values).most_common(1)[0][0]
 
 
-def logistic(features, labels: Sequence[str]) -> LogisticRegression:
-    return LogisticRegression(C=10.0, max_iter=1000).fit(features, labels)
+def logistic(features, labels: Sequence, C: float = 10.0) -> LogisticRegression:
+    return LogisticRegression(C=C, max_iter=300, tol=1e-3).fit(features, labels)
+
+
+def features() -> CountVectorizer:
+    """Returns a vectorizer of rows that are lists of features: of those that at least two training rows have."""
+    return CountVectorizer(analyzer=list, min_df=2, dtype=np.float32)
 
 
 def bags(train: Sequence[str], test: Sequence[str], pairs: bool = True) -> tuple:
@@ -67,10 +71,10 @@ def tag(task: Task, train: list, test: list) -> Iterator[tuple[str, list]]:
             seen[word].append(name)
     known = {word: most_frequent(tags) for word, tags in seen.items()}
     yield "tag of the word", [[known.get(word, majority) for word in e.words] for e in test]
-    hasher = FeatureHasher(1 << 18, input_type="string")
-    train_x = hasher.transform(word_features(e.words, i) for e in train for i in range(len(e.words)))
-    model = logistic(train_x, [name for e in train for name in e.tags])
-    test_x = hasher.transform(word_features(e.words, i) for e in test for i in range(len(e.words)))
+    vectorizer = features()
+    train_x = vectorizer.fit_transform(word_features(e.words, i) for e in train for i in range(len(e.words)))
+    model = logistic(train_x, [name for e in train for name in e.tags], C=1.0)
+    test_x = vectorizer.transform(word_features(e.words, i) for e in test for i in range(len(e.words)))
     found = iter(model.predict(test_x).tolist())
     yield "bag of words", [[next(found) for _ in e.words] for e in test]
 
@@ -121,7 +125,7 @@ def nearest(train, test) -> list[int]:
 def span_qa(task: Task, train: list, test: list) -> Iterator[tuple[str, list]]:
     """The sentence most like the question; the span whose words logistic regression finds likeliest in an answer."""
     yield "copy", [e.context[begin:end] for e in test for begin, end in [best_sentences(e, 1)[0]]]
-    hasher = FeatureHasher(1 << 18, input_type="string")
+    vectorizer = features()
     learned = train[:: max(1, len(train) // _SPAN_QUESTIONS)]
     places = [candidates(e) for e in learned]
     inside = []
@@ -134,7 +138,7 @@ def span_qa(task: Task, train: list, test: list) -> Iterator[tuple[str, list]]:
     predictions = []
     for e in test:
         words = candidates(e)
-        odds = model.decision_function(hasher.transform(qa_features(e, words)))
+        odds = model.decision_function(vectorizer.transform(qa_features(e, words)))
         begin, end = likeliest(odds)
         predictions.append(e.context[words[begin][0] : words[end - 1][1]])
     yield "bag of words", predictions

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import subprocess
 import sys
 import tarfile
@@ -146,6 +147,8 @@ BAD = {
                   "no column 'text' .did you mean 'texts'.*it has: texts, label"),
     "no text": ("classification", "x.jsonl", lines({"text": "a", "label": "x"}, {"text": None, "label": "x"}), 2,
                 "holds no text but null"),
+    "surrogate": ("classification", "x.jsonl", '{"text": "a", "label": "x"}\n{"text": "\\ud800", "label": "x"}\n', 2,
+                  "half a surrogate pair"),
     "no target": ("text_to_text", "x.jsonl", lines({"source": "a", "target": "x"}, {"source": "b", "target": " "}), 2,
                   "empty target"),
     "unequal conll": ("tagging", "x.conll", "a O\n\nb O\nc\nd O\n\ne O\n", 4, "1 columns in place of 2: 'c'"),
@@ -229,12 +232,16 @@ def test_examples_built_by_hand_are_checked_too(kind, item, says):
 
 def test_a_task_of_ones_own_is_named_by_file_or_import_path(tmp_path, monkeypatch):
     (tmp_path / "own_tasks.py").write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
         "from gpt_jax.tasks import Classify, Task\n"
+        "@dataclasses.dataclass\nclass Needs:\n    a: int\n"  # needs the module to be registered
         "def shout(mark='!', times=1):\n"
         "    data = lambda: [Classify('hey' + mark * times, 'loud'), Classify('hey', 'calm')]\n"
         "    return Task('shout', 'classify', ('accuracy',), {'train': data}, ('calm', 'loud'))\n"
         "READY = shout('?')\n"
         "def nothing(): return 5\n"
+        "NUMBER = 5\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     file = f"{tmp_path}/own_tasks.py"
@@ -246,6 +253,7 @@ def test_a_task_of_ones_own_is_named_by_file_or_import_path(tmp_path, monkeypatc
         ("own_tasks:shouts", {}, "cannot import 'own_tasks:shouts'"),
         (f"{file}:shuot", {}, "declares no 'shuot' .did you mean 'shout'"),
         (f"{file}:nothing", {}, "returned a int"),
+        (f"{file}:NUMBER", {}, "is a int, neither a Task nor a function"),
         (f"{file}:READY", {"mark": "!"}, "no option 'mark'.*it takes: malformed, limit, limit_per_class"),
         (f"{tmp_path}/none.py:x", {}, "no such file"),
         ("own_tasks:shout", {"tmies": 2}, "no option 'tmies' .did you mean 'times'"),
@@ -366,14 +374,14 @@ def test_e2e_tokens_are_joined(tokens, text):
 
 
 def test_e2e_groups_the_texts_of_one_meaning_where_it_is_scored(tmp_path):
-    text = lines({"mr": "a", "ref": "x"}, {"mr": "b", "ref": "y"}, {"mr": "a", "ref": "z ."}, {"mr": "a", "ref": "x"})
+    text = lines(*({"mr": mr, "ref": ref} for mr, ref in ("ax", "by", ("a", "z ."), "ax")))
     path = write(tmp_path, "x.jsonl", text)
     task = load_task("e2e", train=path, test=path, template="{mr}:")
     assert [(e.source, e.references) for e in task.examples("train")] == [
         *[("a:", ("x",)), ("b:", ("y",)), ("a:", ("z.",)), ("a:", ("x",))]
     ]
     assert [(e.source, e.target, e.references) for e in task.examples("test")] == [
-        ("a:", "x", ("x", "z.")),
+        ("a:", "x", ("x", "z .")),
         ("b:", "y", ("y",)),
     ]
 
@@ -481,9 +489,10 @@ def test_real_e2e_has_all_references_and_its_training_text_looks_like_the_others
         rows = [tuple(json.loads(line).values()) for line in file]
     assert len(rows) == 4693
     assert sum(len(e.references) for e in test) == len(set(rows))
-    values = {split: {v for e in task.examples(split) for v in e.source.split(", ") if "price" in v}
-              for split in ("train", "test")}  # fmt: skip
-    assert values["train"] == values["test"]
+    assert {r for e in test for r in e.references} == {reference for _, reference in rows}  # as written
+    found = {split: {price for e in task.examples(split) for price in re.findall(r"priceRange\[.*?\]", e.source)}
+             for split in ("train", "test")}  # fmt: skip
+    assert found["train"] == found["test"]
 
 
 def test_real_squad_and_ag_news_hold_out_a_part_of_the_training_set(data_folder):

@@ -19,13 +19,16 @@ TASKS = ("python_docstrings", "python_kinds", "python_identifiers", "python_defa
 
 
 @pytest.fixture(scope="module")
-def few_modules(tmp_path_factory):
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def few_modules(cache, monkeypatch):
     """The library as if it had a few modules only: reading it all takes seconds."""
     found = [(n, p) for n, p in corpora.library_files() if n.split(".")[0] in SOME]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "library_files", lambda: found)
-        patch.setenv("GPT_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+    monkeypatch.setattr(corpora, "library_files", lambda: found)
+    monkeypatch.setenv("GPT_JAX_CACHE", str(cache))
 
 
 def resolve(name):

@@ -15,6 +15,7 @@ import dataclasses
 import importlib.util
 import inspect
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -221,6 +222,8 @@ def load_task(spec: str | Mapping[str, Any], **options: Any) -> Task:
     declared = _find(name)
     if isinstance(declared, Task):
         allowed, required = {}, []
+    elif not callable(declared):
+        raise UserError(f"task {name} is a {type(declared).__name__}, neither a Task nor a function that returns one.")
     else:
         allowed = inspect.signature(declared).parameters
         required = [p.name for p in allowed.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
@@ -264,7 +267,9 @@ def _find(name: str) -> Callable[..., Task] | Task:
 def _from_file(path: pathlib.Path, member: str) -> Any:
     if not path.is_file():
         raise UserError(f"task file {str(path)!r}: no such file.")
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location(path.stem, path))
+    spec = importlib.util.spec_from_file_location(f"gpt_jax_task_file_{path.stem}", path)
+    # Registered, since dataclasses and pickle look there; under a name of its own, since it may be called json.py.
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:

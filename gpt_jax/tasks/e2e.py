@@ -3,13 +3,13 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from gpt_jax.tasks.base import Malformed, Task, TextToText, files
 from gpt_jax.tasks.readers import Row, make, read_table
 
 DATA = "$GPT_JAX_DATA/generate/e2e_"
-# The training file comes in tokens ("£ 20 - 25 .", "family - friendly"), the others as written.
+# The training file comes as "£ 20 - 25 ." and "family - friendly"; the others have "£20-25." and "family-friendly".
 _JOINED = [
     (re.compile(r"£ (?=\d)"), "£"),
     (re.compile(r"(?<=\w) - (?=\w)"), "-"),
@@ -24,23 +24,29 @@ def task(
     test: str = f"{DATA}test.jsonl.xz",
     template: str = "{mr}\n",
 ) -> Task:
-    """Files of {"mr", "ref"}; in `valid` and `test` all texts of one meaning representation are one example's."""
+    """Files of {"mr", "ref"}, that of `train` in tokens, which are joined.
 
-    def build(row: Row) -> TextToText:
-        row = Row(row.where, {name: detokenize(row.text(name)) for name in ("mr", "ref")})
-        return TextToText(row.fill(template), row["ref"], where=row.where)
+    In `valid` and `test`, which stay as written, all texts of one meaning representation are one example's references.
+    """
 
-    def pairs(path: pathlib.Path) -> Iterator[TextToText | Malformed]:
+    def written(path: pathlib.Path, join: Callable[[str], str] = str) -> Iterator[TextToText | Malformed]:
+        def build(row: Row) -> TextToText:
+            row = Row(row.where, {name: join(row.text(name)) for name in ("mr", "ref")})
+            return TextToText(row.fill(template), row["ref"], where=row.where)
+
         return make(read_table(path), build)
 
+    def tokenized(path: pathlib.Path) -> Iterator[TextToText | Malformed]:
+        return written(path, detokenize)
+
     def grouped(path: pathlib.Path) -> Iterator[TextToText | Malformed]:
-        return group_by_source(pairs(path))
+        return group_by_source(written(path))
 
     return Task(
         name="e2e",
         kind="text_to_text",
         metrics=("bleu", "rougeL", "chrf"),
-        splits={**files(pairs, train=train), **files(grouped, valid=valid, test=test)},
+        splits={**files(tokenized, train=train), **files(grouped, valid=valid, test=test)},
     )
 
 

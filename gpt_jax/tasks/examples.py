@@ -47,7 +47,8 @@ class Classify(Example):
     text_b: str = ""
 
     def problem(self, labels: Sequence[str]) -> str:
-        return _empty("text", self.text) or _bad_label("label", self.label, labels)
+        found = _bad_text("text", self.text) or _unwritable("text_b", self.text_b)
+        return found or _bad_label("label", self.label, labels)
 
     @property
     def gold(self) -> str:
@@ -79,8 +80,8 @@ class TextToText(Example):
     def problem(self, labels: Sequence[str]) -> str:
         if self.target not in self.references:
             return "the target is not among the references"
-        found = _empty("source", self.source) or _empty("target", self.target)
-        return found or next(filter(None, (_empty("a reference", r) for r in self.references)), "")
+        found = _bad_text("source", self.source) or _bad_text("target", self.target)
+        return found or next(filter(None, (_bad_text("a reference", r) for r in self.references)), "")
 
     @property
     def gold(self) -> tuple[str, ...]:
@@ -104,7 +105,7 @@ class Tagged(Example):
             return "no words"
         if len(self.words) != len(self.tags):
             return f"{len(self.words)} words but {len(self.tags)} tags"
-        found = next(filter(None, (_empty("a word", word) for word in self.words)), "")
+        found = next(filter(None, (_bad_text("a word", word) for word in self.words)), "")
         return found or next(filter(None, (_bad_label("tag", tag, labels) for tag in self.tags)), "")
 
     @property
@@ -131,7 +132,7 @@ class SpanQA(Example):
     answers: tuple[tuple[str, int], ...]
 
     def problem(self, labels: Sequence[str]) -> str:
-        found = _empty("question", self.question) or _empty("context", self.context)
+        found = _bad_text("question", self.question) or _bad_text("context", self.context)
         if found:
             return found
         if not self.answers:
@@ -168,8 +169,8 @@ class MultipleChoice(Example):
             return f"{len(self.choices)} choices; at least 2 are needed"
         if not 0 <= self.answer < len(self.choices):
             return f"answer {self.answer} is not one of the choices 0 to {len(self.choices) - 1}"
-        found = _empty("prompt", self.prompt)
-        return found or next(filter(None, (_empty("a choice", choice) for choice in self.choices)), "")
+        found = _bad_text("prompt", self.prompt)
+        return found or next(filter(None, (_bad_text("a choice", choice) for choice in self.choices)), "")
 
     @property
     def gold(self) -> int:
@@ -191,7 +192,7 @@ class Dialogue(Example):
         if not self.turns:
             return "no turns"
         for number, (role, text) in enumerate(self.turns):
-            found = _empty(f"role of turn {number}", role) or _empty(f"text of turn {number}", text)
+            found = _bad_text(f"role of turn {number}", role) or _bad_text(f"text of turn {number}", text)
             if found or _bad_label("role", role, labels):
                 return found or _bad_label("role", role, labels)
         return ""
@@ -218,8 +219,18 @@ class Malformed:
     why: str
 
 
-def _empty(what: str, text: str) -> str:
-    return "" if text.strip() else f"empty {what}" if not what.startswith("a ") else f"{what} is empty"
+def _bad_text(what: str, text: str) -> str:
+    if not text.strip():
+        return f"{what} is empty" if what.startswith("a ") else f"empty {what}"
+    return _unwritable(what, text)
+
+
+def _unwritable(what: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"{what} holds half a surrogate pair, which no UTF-8 has"
+    return ""
 
 
 def _bad_label(what: str, label: str, labels: Sequence[str]) -> str:

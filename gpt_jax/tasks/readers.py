@@ -104,16 +104,13 @@ def _read_columns(path: pathlib.Path, columns: Sequence[str], kind: str) -> Iter
     dialect = {"delimiter": ","} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     rows = csv.reader((line for _, line in read_lines(path)), strict=True, **dialect)
     names = list(columns)
-    end = 0
     while True:
-        begin, end = end + 1, end
+        begin = rows.line_num + 1
         try:
             values = next(rows, None)
         except csv.Error as error:
-            end = rows.line_num
-            yield Malformed(f"{path}:{end}", str(error))
+            yield Malformed(f"{path}:{begin}", str(error))
             continue
-        end = rows.line_num
         if values is None:
             return
         if not values:
