@@ -107,10 +107,13 @@ def jax_worker(w: Workload, variant: str, started: float, model_options: dict[st
     try:
         from gpt_jax.data import Loader
     except ImportError:
+
         def Loader(source, shardings, start, stop, prefetch=2):
             import itertools
+
             for i in itertools.count(start):
                 yield i, jax.tree.map(jax.device_put, source.rows(i, slice(None)), shardings)
+
     from gpt_jax.model import ModelConfig, Transformer
     from gpt_jax.objectives.causal_lm import CausalLM
     from gpt_jax.optim import make_optimizer, make_schedule
@@ -512,7 +515,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cores", default="", help="cores to pin every process to, e.g. 0,1 (default: the first two allowed)")
     add("--quick", action="store_true", help="tiny model, two rounds, ours and PyTorch eager: tests this script only")
     add("--lock", default="", help="file to lock around starts and rounds, on a machine shared with others")
-    add("--model-options", default="{}", help='JSON of ModelConfig fields to try on ours, e.g. \'{"unroll": 1}\'')
+    add("--model-options", default="{}", help="JSON of ModelConfig fields to try on ours, e.g. '{\"unroll\": 1}'")
     for name in ("--worker", "--variant"):
         add(name, default="", help=argparse.SUPPRESS)
     add("--started", type=float, default=0.0, help=argparse.SUPPRESS)

@@ -15,10 +15,12 @@ import dataclasses
 import importlib.util
 import inspect
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gpt_jax.data.readers import expand_variables
+from gpt_jax.data.splits import held_out
 from gpt_jax.errors import UserError, choose, nearest
 from gpt_jax.options import import_path
 from gpt_jax.tasks.examples import (
@@ -53,7 +55,26 @@ __all__ = [
 # One line per task; the file it names is all there is to it.
 REGISTRY: dict[str, str] = {
     "sst2": "gpt_jax.tasks.sst2:task",
+    "ag_news": "gpt_jax.tasks.ag_news:task",
+    "wnut17": "gpt_jax.tasks.wnut17:task",
     "squad": "gpt_jax.tasks.squad:task",
+    "squad_generate": "gpt_jax.tasks.squad_generate:task",
+    "e2e": "gpt_jax.tasks.e2e:task",
+    "multi30k": "gpt_jax.tasks.multi30k:task",
+    "scitldr": "gpt_jax.tasks.scitldr:task",
+    "babi": "gpt_jax.tasks.babi:task",
+    "python_docstrings": "gpt_jax.tasks.python_docstrings:task",
+    "python_kinds": "gpt_jax.tasks.python_kinds:task",
+    "python_identifiers": "gpt_jax.tasks.python_identifiers:task",
+    "python_defaults": "gpt_jax.tasks.python_defaults:task",
+    # Files of your own, by kind.
+    "classification": "gpt_jax.tasks.generic:classification",
+    "text_to_text": "gpt_jax.tasks.generic:text_to_text",
+    "parallel": "gpt_jax.tasks.generic:parallel",
+    "tagging": "gpt_jax.tasks.generic:tagging",
+    "span_qa": "gpt_jax.tasks.generic:span_qa",
+    "multiple_choice": "gpt_jax.tasks.generic:multiple_choice",
+    "dialogue": "gpt_jax.tasks.generic:dialogue",
 }
 # 'babi:3' is {"name": "babi", "number": 3}.
 SHORTHAND = {"babi": "number"}
@@ -201,6 +222,8 @@ def load_task(spec: str | Mapping[str, Any], **options: Any) -> Task:
     declared = _find(name)
     if isinstance(declared, Task):
         allowed, required = {}, []
+    elif not callable(declared):
+        raise UserError(f"task {name} is a {type(declared).__name__}, neither a Task nor a function that returns one.")
     else:
         allowed = inspect.signature(declared).parameters
         required = [p.name for p in allowed.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
@@ -244,7 +267,9 @@ def _find(name: str) -> Callable[..., Task] | Task:
 def _from_file(path: pathlib.Path, member: str) -> Any:
     if not path.is_file():
         raise UserError(f"task file {str(path)!r}: no such file.")
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location(path.stem, path))
+    spec = importlib.util.spec_from_file_location(f"gpt_jax_task_file_{path.stem}", path)
+    # Registered, since dataclasses and pickle look there; under a name of its own, since it may be called json.py.
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
@@ -255,10 +280,31 @@ def _from_file(path: pathlib.Path, member: str) -> Any:
     return getattr(module, member)
 
 
-def files(read: Callable[..., Iterable[Example | Malformed]], **paths: str) -> dict[str, Split]:
-    """Returns the splits of files, {split: read(path)} for every path that is not empty; $VARS are expanded late."""
+def files(read: Callable[..., Iterable[Example | Malformed]], hold_out: float = 0.0, **paths: str) -> dict[str, Split]:
+    """Returns the splits of files: {split: read(path)} for every path that is not empty.
 
-    def split(path: str) -> Split:
-        return lambda: read(pathlib.Path(expand_variables(path)))
+    Args:
+      read: yields the examples of a path, in which ~ and $VARS are expanded (when the split is read).
+      hold_out: if > 0 and `valid` has no path, about so large a part of `train` is `valid`, by the hash of each
+        example's `document`.
+      paths: of train, valid, test and any other.
+    """
 
-    return {name: split(path) for name, path in paths.items() if path}
+    def split(path: str, keep: Callable[[Example], bool] | None = None) -> Split:
+        def examples() -> Iterable[Example | Malformed]:
+            for item in read(pathlib.Path(expand_variables(path))):
+                # A malformed one belongs to train, so that it is counted once.
+                if keep is None or keep(item):
+                    yield item
+
+        return examples
+
+    def is_valid(item: Example | Malformed) -> bool:
+        return not isinstance(item, Malformed) and held_out(item.document, hold_out)
+
+    splits = {name: split(path) for name, path in paths.items() if path}
+    if hold_out > 0 and "train" in splits and "valid" not in splits:
+        parts = {"train": lambda item: not is_valid(item), "valid": is_valid}
+        splits = {**splits, **{name: split(paths["train"], keep) for name, keep in parts.items()}}
+    order = ["train", "valid", *paths]
+    return {name: splits[name] for name in sorted(splits, key=order.index)}

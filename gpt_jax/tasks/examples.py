@@ -31,6 +31,11 @@ class Example:
         """What a prediction is compared with: see `gpt_jax.tasks.metrics`."""
         raise NotImplementedError
 
+    @property
+    def document(self) -> str:
+        """The text by whose hash examples are held out: those that share it are in one split."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
 class Classify(Example):
@@ -42,11 +47,16 @@ class Classify(Example):
     text_b: str = ""
 
     def problem(self, labels: Sequence[str]) -> str:
-        return _empty("text", self.text) or _bad_label("label", self.label, labels)
+        found = _bad_text("text", self.text) or _unwritable("text_b", self.text_b)
+        return found or _bad_label("label", self.label, labels)
 
     @property
     def gold(self) -> str:
         return self.label
+
+    @property
+    def document(self) -> str:
+        return f"{self.text}\n{self.text_b}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +80,16 @@ class TextToText(Example):
     def problem(self, labels: Sequence[str]) -> str:
         if self.target not in self.references:
             return "the target is not among the references"
-        found = _empty("source", self.source) or _empty("target", self.target)
-        return found or next(filter(None, (_empty("a reference", r) for r in self.references)), "")
+        found = _bad_text("source", self.source) or _bad_text("target", self.target)
+        return found or next(filter(None, (_bad_text("a reference", r) for r in self.references)), "")
 
     @property
     def gold(self) -> tuple[str, ...]:
         return self.references
+
+    @property
+    def document(self) -> str:
+        return self.source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +105,16 @@ class Tagged(Example):
             return "no words"
         if len(self.words) != len(self.tags):
             return f"{len(self.words)} words but {len(self.tags)} tags"
-        found = next(filter(None, (_empty("a word", word) for word in self.words)), "")
+        found = next(filter(None, (_bad_text("a word", word) for word in self.words)), "")
         return found or next(filter(None, (_bad_label("tag", tag, labels) for tag in self.tags)), "")
 
     @property
     def gold(self) -> tuple[str, ...]:
         return self.tags
+
+    @property
+    def document(self) -> str:
+        return " ".join(self.words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +132,7 @@ class SpanQA(Example):
     answers: tuple[tuple[str, int], ...]
 
     def problem(self, labels: Sequence[str]) -> str:
-        found = _empty("question", self.question) or _empty("context", self.context)
+        found = _bad_text("question", self.question) or _bad_text("context", self.context)
         if found:
             return found
         if not self.answers:
@@ -132,6 +150,10 @@ class SpanQA(Example):
     def gold(self) -> tuple[str, ...]:
         return tuple(text for text, _ in self.answers)
 
+    @property
+    def document(self) -> str:
+        return self.context
+
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice(Example):
@@ -147,12 +169,16 @@ class MultipleChoice(Example):
             return f"{len(self.choices)} choices; at least 2 are needed"
         if not 0 <= self.answer < len(self.choices):
             return f"answer {self.answer} is not one of the choices 0 to {len(self.choices) - 1}"
-        found = _empty("prompt", self.prompt)
-        return found or next(filter(None, (_empty("a choice", choice) for choice in self.choices)), "")
+        found = _bad_text("prompt", self.prompt)
+        return found or next(filter(None, (_bad_text("a choice", choice) for choice in self.choices)), "")
 
     @property
     def gold(self) -> int:
         return self.answer
+
+    @property
+    def document(self) -> str:
+        return self.prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +192,7 @@ class Dialogue(Example):
         if not self.turns:
             return "no turns"
         for number, (role, text) in enumerate(self.turns):
-            found = _empty(f"role of turn {number}", role) or _empty(f"text of turn {number}", text)
+            found = _bad_text(f"role of turn {number}", role) or _bad_text(f"text of turn {number}", text)
             if found or _bad_label("role", role, labels):
                 return found or _bad_label("role", role, labels)
         return ""
@@ -174,6 +200,10 @@ class Dialogue(Example):
     @property
     def gold(self) -> tuple[str, ...]:
         return (self.turns[-1][1],)
+
+    @property
+    def document(self) -> str:
+        return self.turns[0][1] if self.turns else ""
 
 
 KINDS: dict[str, type[Example]] = {
@@ -189,8 +219,18 @@ class Malformed:
     why: str
 
 
-def _empty(what: str, text: str) -> str:
-    return "" if text.strip() else f"empty {what}" if not what.startswith("a ") else f"{what} is empty"
+def _bad_text(what: str, text: str) -> str:
+    if not text.strip():
+        return f"{what} is empty" if what.startswith("a ") else f"empty {what}"
+    return _unwritable(what, text)
+
+
+def _unwritable(what: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"{what} holds half a surrogate pair, which no UTF-8 has"
+    return ""
 
 
 def _bad_label(what: str, label: str, labels: Sequence[str]) -> str:

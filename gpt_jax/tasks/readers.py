@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import itertools
 import json
 import pathlib
@@ -47,14 +46,15 @@ class Row:
 
     def fill(self, template: str) -> str:
         """Returns the template with each {column} replaced by the row's text; {{ and }} are braces."""
-        parts = []
-        for literal, name, *_ in string.Formatter().parse(template):
-            parts.append(literal + (self.text(name) if name is not None else ""))
-        return "".join(parts)
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise UserError(f"template {template!r}: {error}; a brace in the text is written twice.") from None
+        return "".join(text + (self.text(name) if name is not None else "") for text, name, *_ in parts)
 
 
-def make(rows: Iterable[Row | Malformed], build: Callable[[Row], Example]) -> Iterator[Example | Malformed]:
-    """Yields build(row) of every row; a BadRow, or a malformed row, becomes a Malformed."""
+def make(rows: Iterable[Any], build: Callable[[Any], Example]) -> Iterator[Example | Malformed]:
+    """Yields build(row) of every row (anything with a `where`); a BadRow, or a malformed row, becomes a Malformed."""
     for row in rows:
         if isinstance(row, Malformed):
             yield row
@@ -70,6 +70,9 @@ def read_table(path: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row 
 
     Args:
       columns: names of a .tsv's or .csv's columns; if none, its first line names them. A .tsv has no quoting.
+
+    Raises:
+      UserError: the file cannot be read, or is none of these.
     """
     kind, _ = file_format(path)
     if kind == ".jsonl":
@@ -101,16 +104,13 @@ def _read_columns(path: pathlib.Path, columns: Sequence[str], kind: str) -> Iter
     dialect = {"delimiter": ","} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     rows = csv.reader((line for _, line in read_lines(path)), strict=True, **dialect)
     names = list(columns)
-    end = 0
     while True:
-        begin, end = end + 1, end
+        begin = rows.line_num + 1
         try:
             values = next(rows, None)
         except csv.Error as error:
-            end = rows.line_num
-            yield Malformed(f"{path}:{end}", str(error))
+            yield Malformed(f"{path}:{begin}", str(error))
             continue
-        end = rows.line_num
         if values is None:
             return
         if not values:
@@ -180,21 +180,27 @@ def read_squad(path: pathlib.Path) -> Iterator[SpanQA | Malformed]:
                     yield Malformed(where, f"no SQuAD question ({error!r})")
 
 
-def read_babi(archive: pathlib.Path, member: str) -> Iterator[Row | Malformed]:
-    """Yields the questions of one file of a bAbI archive (Weston et al. 2015), or of a plain file if `member` is ''.
+def read_babi(archive: pathlib.Path, task: str, split: str) -> Iterator[Row | Malformed]:
+    """Yields the questions of one file of an archive of bAbI stories (Weston et al. 2015).
+
+    Args:
+      task, split: how the file's name begins and what it ends in but for .txt: 'qa3_' and 'train'.
 
     A row has 'story' (a tuple of the statements before the question, earlier questions left out), 'question', 'answer',
     'supports' (numbers of the statements that tell it, from 0) and 'number' (of the story in the file).
     """
-    with open_stream(archive) as stream:
-        if member:
-            with tarfile.open(fileobj=io.BytesIO(stream.read())) as tar:
-                found = [n for n in tar.getnames() if n.rpartition("/")[2].startswith(member)]
-                if len(found) != 1:
-                    raise UserError(f"{archive}: {len(found)} members are named {member}...; one is needed.")
-                data, name = tar.extractfile(found[0]).read(), f"{archive}/{found[0].rpartition('/')[2]}"
-        else:
-            data, name = stream.read(), str(archive)
+    try:
+        with open_stream(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                file = member.name.rpartition("/")[2]
+                if file.startswith(task) and file.endswith(f"{split}.txt"):
+                    data = tar.extractfile(member).read()
+                    break
+            else:
+                raise UserError(f"{archive} has no file {task}...{split}.txt.")
+    except tarfile.TarError as error:
+        raise UserError(f"{archive}: no tar archive, or a damaged one ({error}).") from None
+    name = f"{archive}/{file}"
     story: dict[int, str] = {}
     number = -1
     for line_number, line in enumerate(data.decode("utf-8").splitlines(), 1):

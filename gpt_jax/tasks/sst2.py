@@ -17,15 +17,16 @@ def task(
 
     def build(row: Row) -> Classify:
         if row["label"] not in ("0", "1"):
-            raise BadRow(f"label {row['label']!r}; allowed: 0, 1")
+            raise BadRow(f"label {row['label']!r} is unknown; allowed: 0, 1")
         return Classify(row.fill(template), LABELS[int(row["label"])], where=row.where)
+
+    def read(path):
+        return make(read_table(path, columns=("text", "label")), build)
 
     return Task(
         name="sst2",
         kind="classify",
         labels=LABELS,
         metrics=("accuracy", "macro_f1", "mcc"),
-        splits=files(
-            lambda path: make(read_table(path, columns=("text", "label")), build), train=train, valid=valid, test=test
-        ),
+        splits=files(read, train=train, valid=valid, test=test),
     )
