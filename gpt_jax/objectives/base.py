@@ -28,6 +28,7 @@ Schedule = Callable[[Array], Array]
 REGISTRY: dict[str, str] = {
     "causal_lm": "gpt_jax.objectives.causal_lm:CausalLM",
     "classify": "gpt_jax.objectives.classify:Classify",
+    "denoising": "gpt_jax.objectives.denoising:Denoising",
     "mixture": "gpt_jax.objectives.compose:Mixture",
     "sum": "gpt_jax.objectives.compose:Sum",
     "supervised": "gpt_jax.objectives.supervised:Supervised",
