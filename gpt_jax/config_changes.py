@@ -36,6 +36,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("model.vocab_multiple", IMPOSSIBLE, "the embedding's rows"),
     ("model.num_layers", IMPOSSIBLE, "the number of blocks"),
     ("model.d_model", IMPOSSIBLE, "the width"),
+    ("model.embedding_size", IMPOSSIBLE, "the width of the embeddings"),
     ("model.num_heads", IMPOSSIBLE, "the heads"),
     ("model.num_kv_heads", IMPOSSIBLE, "the heads"),
     ("model.head_dim", IMPOSSIBLE, "the heads"),

@@ -1,4 +1,4 @@
-"""Per-token losses: cross-entropy with z-loss and label smoothing, whole or in chunks of the tokens."""
+"""Per-token losses: cross-entropy with z-loss and label smoothing, whole or in chunks of the tokens; of a yes or no."""
 
 from __future__ import annotations
 
@@ -87,3 +87,12 @@ def chunked_cross_entropy(unembed, hidden_NxD: Array, targets_N: Array, *, chunk
 
     _, (loss, nll) = lax.scan(body, None, (hidden, targets))
     return loss.reshape(-1)[:N], nll.reshape(-1)[:N]
+
+
+def binary_cross_entropy(scores: Array, labels: Array) -> Array:
+    """-log of the probability that sigmoid(score) gives to each label, in nats.
+
+    Args:
+      scores: any shape, the logits of a yes. labels: of the same shape, 0 or 1 (or bool).
+    """
+    return jax.nn.softplus(scores) - scores * labels

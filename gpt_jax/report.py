@@ -168,8 +168,14 @@ def _summary(config: Any, rows: Sequence[Mapping[str, Any]]) -> str:
     )
     found = best(rows)
     if found:
-        text += f" Least validation loss {found[1]:.4f} nats per token at step {found[0]:,}."
+        text += f" Least validation loss {found[1]:.4f}{_unit(rows)} at step {found[0]:,}."
     return text
+
+
+def _unit(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The unit of the loss: none where several terms, weighted, make it up."""
+    terms = {name for row in rows[-1:] for name in row if name.startswith("train/loss/")}
+    return " nats per token" if len(terms) <= 1 else ""
 
 
 def _training(config: Any, rows: Sequence[Mapping[str, Any]], tokens: int, starts: Iterable[int]) -> str:
@@ -194,7 +200,7 @@ def _training(config: Any, rows: Sequence[Mapping[str, Any]], tokens: int, start
     }
     last = next((row for row in reversed(rows) if "train/loss" in row), None)
     if last:
-        values["last training loss"] = f"{last['train/loss']:.4f} nats per token"
+        values["last training loss"] = f"{last['train/loss']:.4f}{_unit(rows)}"
     return _table(values)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from gpt_jax.errors import UserError
 from gpt_jax.generation import batches_by_length, check_prompts, stream_batch
 from gpt_jax.loading import Loaded, load
+from gpt_jax.objectives.base import objective_class
 from gpt_jax.sampling import Sampling
 
 _CHUNK = 8  # tokens between two looks at the stop strings and the terminal
@@ -47,6 +48,12 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--interactive takes its prompts from standard input: one text each, without --json.")
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompts_file)
     run = load(args.workdir, step=args.step, weights=args.weights)
+    objective = run.config.objective["name"]
+    if not objective_class(objective).generates:
+        raise UserError(
+            f"the run in {args.workdir!r} has the objective {objective!r}, which does not teach it to continue a text; "
+            "start one that does from its weights (init.from)."
+        )
     settings = dict(max_tokens=args.max_tokens, sampling=sampling, stop=args.stop)
     if args.interactive:
         for number, line in enumerate(_typed_lines()):

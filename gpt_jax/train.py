@@ -114,7 +114,7 @@ def train(
                 last = done == config.steps
                 stopping = stop.agreed(done)
                 evaluating = last or hooks.due(done, config.eval.every_steps)
-                sampling = last or hooks.due(done, config.sample.every_steps)
+                sampling = run.objective.generates and (last or hooks.due(done, config.sample.every_steps))
                 saving = last or stopping or save.is_due(done)
                 if evaluating or sampling or saving:
                     report_row(*pending)
@@ -239,7 +239,7 @@ def finish(
     summary: dict[str, Any] = {"workdir": str(directory.path), "step": done, "steps": run.config.steps}
     if finished:
         known = directory.read_json("baselines.json")
-        if known is None and run.data.valid and start < done:
+        if known is None and run.data.valid and start < done and any(k.endswith("bits_per_byte") for k in values):
             known = baselines(run.data)
             directory.write_json("baselines.json", known)
         if values:

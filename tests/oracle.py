@@ -133,6 +133,8 @@ def forward(params, config, tokens, *, segments=None, positions=None, kind="caus
     x = p["embedding"][tokens]
     if config.positions == "learned":
         x = x + p["position_embedding"][positions]
+    if "embedding_in" in p:
+        x = x @ p["embedding_in"]["kernel"] + p["embedding_in"].get("bias", 0.0)
     for layer in range(config.num_layers):
         repetition, place = divmod(layer, len(config.pattern))
         w = jax.tree.map(lambda a, r=repetition: a[r], p["layers"][f"block_{place}"])
@@ -185,6 +187,8 @@ def forward(params, config, tokens, *, segments=None, positions=None, kind="caus
         y = h @ m["down"]["kernel"] + m["down"].get("bias", 0.0)
         x = x + (np.tanh(y) if config.ffn == "relu_tanh" else y)
     x = normalise(x, p["final_norm"], config.norm)
+    if "embedding_out" in p:
+        x = x @ p["embedding_out"]["kernel"] + p["embedding_out"].get("bias", 0.0)
     table = p["embedding"] if config.tie_embeddings else p["head"]
     logits = x @ table[: config.vocab_size].T
     if config.logit_softcap:

@@ -46,9 +46,11 @@ def test_the_loss_is_the_cross_entropy_over_the_labels_of_the_rows_own_task(pool
     params, expected, right = params_for(objective), 0.0, 0
     for row in range(8):
         used = int((batch["segment_ids"][row] > 0).sum())
-        hidden = Transformer(CONFIG).apply(
-            {"params": params["model"]}, batch["tokens"][row : row + 1, :used], mask=Mask(mask)
-        ).hidden[0]
+        hidden = (
+            Transformer(CONFIG)
+            .apply({"params": params["model"]}, batch["tokens"][row : row + 1, :used], mask=Mask(mask))
+            .hidden[0]
+        )
         pooled = np.asarray(hidden[-1] if pooling == "last" else hidden.mean(0), np.float64)
         info = INFOS[batch["task"][row]]
         own = slice(info.first_label, info.first_label + len(info.labels))

@@ -24,6 +24,7 @@ VARIANTS = {
     ),
     "article": dict(ffn="relu_tanh", talking_heads=True, positions="alibi"),
     "head_dims": dict(head_dims=(2, 6, 5, 3), ffn="relu2"),
+    "factorised": dict(embedding_size=6, qk_norm=True),
     "caps": dict(logit_softcap=3.0, attention_softcap=0.8, positions="none", ffn="gelu", head_dim=6, num_kv_heads=1),
 }
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 2 + [2] * 10], np.int32)
@@ -274,7 +275,17 @@ def test_count_parameters_equals_what_init_makes(name):
     config = tiny(**VARIANTS[name])
     stored = sum(x.size for x in jax.tree.leaves(params_of(config)))
     tables = 1 if config.tie_embeddings else 2
-    assert count_parameters(config) == stored - tables * (config.padded_vocab - config.vocab_size) * config.d_model
+    assert count_parameters(config) == stored - tables * (config.padded_vocab - config.vocab_size) * config.embed_size
+
+
+def test_a_factorised_embedding_costs_vocabulary_times_its_own_width():
+    full, small = (ModelConfig(vocab_size=1000, max_positions=64, d_model=256, embedding_size=e) for e in (0, 32))
+    projections = 256 * 32 + 256 + 32 * 256 + 32
+    assert count_parameters(small) == count_parameters(full) - (1000 + 64) * (256 - 32) + projections
+    untied = ModelConfig(vocab_size=1000, max_positions=64, d_model=256, embedding_size=32, tie_embeddings=False)
+    assert count_parameters(untied) == count_parameters(small) + 1000 * 32
+    with pytest.raises(UserError, match=r"embedding_size is -1"):
+        ModelConfig(embedding_size=-1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -22,6 +22,7 @@ class ModelConfig:
     vocab_size: int = option(0, "tokens in the vocabulary; 0 takes the tokenizer's")
     num_layers: int = option(4, "blocks")
     d_model: int = option(192, "width of the residual stream")
+    embedding_size: int = option(0, "width of the embeddings, projected to d_model and back (ALBERT); 0: d_model")
     num_heads: int = option(4, "attention heads")
     num_kv_heads: int = option(0, "heads of keys and values (GQA; 1 is MQA); 0: num_heads")
     head_dim: int = option(0, "size of a head; 0: d_model / num_heads")
@@ -66,6 +67,8 @@ class ModelConfig:
         for name in ("num_layers", "d_model", "num_heads", "window", "query_block", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.embedding_size < 0:
+            raise UserError(f"embedding_size is {self.embedding_size}; it must be 0 (d_model) or more.")
         if not self.pattern or self.num_layers % len(self.pattern):
             raise UserError(
                 f"num_layers is {self.num_layers}, not a multiple of the length of pattern {self.pattern!r}."
@@ -88,6 +91,11 @@ class ModelConfig:
             raise UserError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads={self.num_heads}.")
         if self.positions == "rope" and self.key_size % 2:
             raise UserError(f"rope needs an even head_dim, not {self.key_size}.")
+
+    @property
+    def embed_size(self) -> int:
+        """Width of the embeddings."""
+        return self.embedding_size or self.d_model
 
     @property
     def kv_heads(self) -> int:
@@ -128,9 +136,12 @@ def count_parameters(config: ModelConfig) -> int:
         attention += 2 * config.num_heads**2
     gates = 2 if config.ffn == "swiglu" else 1
     mlp = gates * (d * f + bias * f) + f * d + bias * d
-    total = config.vocab_size * d + config.num_layers * (attention + mlp + 2 * norm) + norm
+    e = config.embed_size
+    total = config.vocab_size * e + config.num_layers * (attention + mlp + 2 * norm) + norm
     if config.positions == "learned":
-        total += config.max_positions * d
+        total += config.max_positions * e
     if not config.tie_embeddings:
-        total += config.vocab_size * d
+        total += config.vocab_size * e
+    if e != d:
+        total += e * d + bias * d + d * e + bias * e
     return total

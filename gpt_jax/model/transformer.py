@@ -22,7 +22,7 @@ from gpt_jax.model.attention import HIDDEN, Mask
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
 from gpt_jax.model.decoding import blocks_of
-from gpt_jax.model.layers import Block, norm
+from gpt_jax.model.layers import Block, Product, norm
 from gpt_jax.model.random import dropout, fold_name
 
 
@@ -83,18 +83,22 @@ class Transformer(nn.Module):
         if config.positions == "learned" and config.max_positions < 1:
             raise UserError(f"model.max_positions is {config.max_positions}; learned positions need at least one.")
         normal = nn.initializers.normal(config.init_std)
-        shape = (config.padded_vocab, config.d_model)
+        D, E = config.d_model, config.embed_size
+        shape = (config.padded_vocab, E)
         axes = ("vocab", "embed")
         self.embedding = self.param("embedding", nn.with_logical_partitioning(normal, axes), shape, config.param_dtype)
         if config.positions == "learned":
             self.position_embedding = self.param(
                 "position_embedding",
                 nn.with_logical_partitioning(nn.initializers.normal(config.init_std / 2), ("positions", "embed")),
-                (config.max_positions, config.d_model),
+                (config.max_positions, E),
                 config.param_dtype,
             )
         if not config.tie_embeddings:
             self.head = self.param("head", nn.with_logical_partitioning(normal, axes), shape, config.param_dtype)
+        if E != D:  # of these widths, activations keep their scale
+            self.embedding_in = Product(config, (E, D), (None, "embed"), std=E**-0.5)
+            self.embedding_out = Product(config, (D, E), ("embed", None), std=D**-0.5)
         repetition = _Repetition
         if config.remat != "none":
             repetition = nn.remat(repetition, policy=_REMAT_POLICIES[config.remat](), prevent_cse=False)
@@ -157,6 +161,8 @@ class Transformer(nn.Module):
         if config.positions == "learned":
             table = self.position_embedding.astype(config.dtype)
             x = x + (table[:T] if contiguous else jnp.take(table, positions, axis=0, mode="clip"))
+        if config.embed_size != config.d_model:
+            x = self.embedding_in(x)
         if config.dropout and keys is not None:
             x = dropout(x, config.dropout, fold_name(keys, "embedding"))
         x = nn.with_logical_constraint(x, ("batch", "sequence", "act_embed"))
@@ -182,6 +188,8 @@ class Transformer(nn.Module):
         config = self.config
         table = (self.embedding if config.tie_embeddings else self.head).astype(config.dtype)
         lead = hidden.shape[:-1]
+        if config.embed_size != config.d_model:
+            hidden = self.embedding_out(hidden)
         if config.flatten:
             hidden = hidden.reshape(-1, hidden.shape[-1])
         contract = (((hidden.ndim - 1,), (1,)), ((), ()))

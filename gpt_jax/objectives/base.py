@@ -29,6 +29,7 @@ REGISTRY: dict[str, str] = {
     "causal_lm": "gpt_jax.objectives.causal_lm:CausalLM",
     "classify": "gpt_jax.objectives.classify:Classify",
     "denoising": "gpt_jax.objectives.denoising:Denoising",
+    "masked_lm": "gpt_jax.objectives.masked_lm:MaskedLM",
     "mixture": "gpt_jax.objectives.compose:Mixture",
     "sum": "gpt_jax.objectives.compose:Sum",
     "supervised": "gpt_jax.objectives.supervised:Supervised",
@@ -43,11 +44,13 @@ class Objective(abc.ABC):
       frozen: regexes over parameter names ("reference/.*") that get no gradient, moments, decay or average.
       batch_terms: terms that are not sums over rows (expert balance, in-batch contrast): averaged over micro-batches,
         and exempt from the promise that micro-batches do not change the loss.
+      generates: whether what it trains continues a text, so that samples of a run say something.
     """
 
     coefs: Mapping[str, float | Schedule]
     frozen: Sequence[str] = ()
     batch_terms: ClassVar[frozenset[str]] = frozenset()
+    generates: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(self, key: Array, batch: Batch) -> Params:

@@ -1,4 +1,4 @@
-"""Linear heads on a model's hidden states: parameters with logical axes, applied in float32."""
+"""Heads on a model's hidden states: parameters with logical axes, applied in float32."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def apply_linear(params: Any, x: Array, rate: float = 0.0, keys_B: Array | None 
     if keys_B is not None:
         x = dropout(x, rate, fold_name(keys_B, "head"))
     return x.astype(jnp.float32) @ params["kernel"].astype(jnp.float32) + params["bias"].astype(jnp.float32)
+
+
+def init_token_score(key: Array, config: ModelConfig) -> dict[str, Any]:
+    """Parameters of `token_score`: a layer as wide as the model, and one output."""
+    return {
+        "dense": init_linear(fold_name(key, "dense"), config, config.d_model),
+        "score": init_linear(fold_name(key, "score"), config, 1),
+    }
+
+
+def token_score(params: Any, hidden_BxTxD: Array) -> Array:
+    """The logit of a yes per token, [B, T]: a layer with GELU and one output, as ELECTRA's discriminator."""
+    return apply_linear(params["score"], jax.nn.gelu(apply_linear(params["dense"], hidden_BxTxD)))[..., 0]

@@ -1,0 +1,24 @@
+"""BERT's masked language model on the embedded corpus: a minute on two cores, nothing downloaded."""
+
+from gpt_jax.config import base
+
+
+def get_config():
+    config = base()
+    config.steps = 200
+    config.batch_size = 32
+    config.context_length = 128
+    config.model.update(num_layers=2, d_model=128, num_heads=4)
+    config.objective = dict(
+        name="masked_lm",
+        coefs={"mlm": 1.0},
+        rate=0.15,
+        select="tokens",
+        corruption="bert",
+        shares=(0.8, 0.1, 0.1),
+    )
+    config.data.doc_mask = True
+    config.data.tokenizer.vocab_size = 2048
+    config.optimizer.learning_rate = 2e-3
+    config.eval.every_steps = 100
+    return config
