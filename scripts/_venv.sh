@@ -1,8 +1,8 @@
-# Sourced by the scripts: makes .venv if there is none, installs the project with the extras in $1, activates it.
+# Sourced by the scripts: makes .venv if there is none, installs the project with the extras in $1 (may be none), activates it.
 # A second call sees that setup.cfg has not changed and installs nothing.
 
 ensure_venv() {
-  local extras="$1" root stamp python
+  local extras="${1:-}" root stamp python
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   cd "$root"
   if [ ! -x .venv/bin/python ]; then
@@ -23,8 +23,8 @@ ensure_venv() {
   fi
   stamp=".venv/.installed-$(echo "$extras" | tr ',' '-')-$(cat setup.cfg pyproject.toml | cksum | cut -d' ' -f1)"
   if [ ! -e "$stamp" ]; then
-    echo "installing gpt_jax[$extras]"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
+    echo "installing gpt_jax${extras:+[$extras]}"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
     touch "$stamp"
   fi
   export PATH="$root/.venv/bin:$PATH"

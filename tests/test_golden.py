@@ -1,0 +1,136 @@
+"""Golden numbers of one update of every objective: any change of what an objective computes shows here.
+
+They pin what no oracle of another test need notice, such as a change of default, of a key's name or of the order of
+draws. A new objective adds one entry to `GOLDEN`: its options, the maker of its batch, and the numbers that the failing
+test prints. A change that moves a number on purpose replaces it and says why in the commit.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from helpers import text_batch, tiny
+
+from gpt_jax.objectives.base import REGISTRY, Setting, build_objective
+from gpt_jax.optim import make_optimizer
+from gpt_jax.sharding import make_mesh
+from gpt_jax.step import build_train_step
+
+# Below the rounding of other machines lies nothing, above it everything that a mistake changes.
+TOLERANCE = 1e-5
+SAME_FOR_ALL = ("lr", "skipped", "skipped_in_a_row")
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """What one update of an objective gives.
+
+    Attributes:
+      options: the `objective` table of a config. batch: makes the batch, the same at every call.
+      expected: the update's metrics, and "next/loss", the loss of the same batch after it.
+      model: overrides of the tiny model. specials: ids of the tokenizer's special tokens.
+    """
+
+    options: Mapping[str, Any]
+    batch: Callable[[], Any]
+    expected: Mapping[str, float]
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    specials: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def documents():
+    return text_batch(documents=True)
+
+
+def two_kinds():
+    return {"a": text_batch(rows=2, seed=1), "b": text_batch(rows=6, seed=2)}
+
+
+GOLDEN = {
+    "causal_lm": Golden(
+        {"name": "causal_lm"},
+        text_batch,
+        {"grad_norm": 1.4228055, "loss": 3.7605884, "loss/lm": 3.7605884, "nll": 3.7605884, "next/loss": 3.3603222},
+    ),
+    "causal_lm, everything": Golden(
+        {"name": "causal_lm", "reweight": "perplexity", "alpha": 0.7, "z_loss": 1e-2, "label_smoothing": 0.1},
+        text_batch,
+        {"grad_norm": 1.3464577, "loss": 3.8759248, "loss/lm": 3.8759248, "nll": 3.6840634, "next/loss": 3.8436329},
+        model={"dropout": 0.2},
+    ),
+    "causal_lm, doc_mask": Golden(
+        {"name": "causal_lm"},
+        documents,
+        {"grad_norm": 1.3119348, "loss": 3.815439, "loss/lm": 3.815439, "nll": 3.815439, "next/loss": 3.4128556},
+    ),
+    "causal_lm, doc_mask, reweighted": Golden(
+        {"name": "causal_lm", "reweight": "perplexity"},
+        documents,
+        {"grad_norm": 1.4778618, "loss": 3.9186869, "loss/lm": 3.9186869, "nll": 3.815439, "next/loss": 3.4633093},
+    ),
+    "mixture": Golden(
+        {
+            "name": "mixture",
+            "tasks": {"a": {"name": "causal_lm", "rows": 2}, "b": {"name": "causal_lm", "rows": 6, "coef": 0.5}},
+        },
+        two_kinds,
+        {
+            "a/nll": 3.9586406,
+            "b/nll": 3.8052721,
+            "grad_norm": 3.1327164,
+            "loss": 5.8612766,
+            "loss/a/lm": 3.9586406,
+            "loss/b/lm": 3.8052721,
+            "next/loss": 5.3545904,
+        },
+        model={"dropout": 0.2},
+    ),
+    "sum": Golden(
+        {
+            "name": "sum",
+            "terms": {"plain": {"name": "causal_lm"}, "hard": {"name": "causal_lm", "reweight": "focal", "coef": 2.0}},
+        },
+        text_batch,
+        {
+            "grad_norm": 4.286561,
+            "hard/nll": 3.7605884,
+            "loss": 11.316433,
+            "loss/hard/lm": 3.7779224,
+            "loss/plain/lm": 3.7605884,
+            "plain/nll": 3.7605884,
+            "next/loss": 10.10815,
+        },
+    ),
+}
+
+
+def one_update(golden: Golden) -> dict[str, float]:
+    """Metrics of one AdamW update on one device, from the initial parameters moved into general position."""
+    batch = golden.batch()
+    setting = Setting(model=tiny(**golden.model), specials=golden.specials, steps=10, batch_size=8, context_length=12)
+    objective = build_objective(golden.options, setting)
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    step = build_train_step(objective, make_optimizer("adamw", 0.01), spec, mesh=make_mesh(devices=jax.devices()[:1]))
+    state = step.init(seed=0)
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(lambda x: x + np.float32(0.2) * rng.normal(size=x.shape).astype(x.dtype), state.all_params)
+    state = step.with_params(state, noisy)
+    state, metrics = step(state, batch)
+    _, after = step(state, batch)
+    found = metrics | {"next/loss": after["loss"]}
+    return {name: float(value) for name, value in found.items() if name not in SAME_FOR_ALL}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_one_update_gives_the_golden_numbers(name):
+    got = one_update(GOLDEN[name])
+    expected = GOLDEN[name].expected
+    printed = "{" + ", ".join(f'"{k}": {v:.8g}' for k, v in got.items()) + "}"
+    assert got == pytest.approx(expected, rel=TOLERANCE, abs=1e-7), f"{name} gives {printed}"
+
+
+def test_every_objective_has_golden_numbers():
+    assert {golden.options["name"] for golden in GOLDEN.values()} == set(REGISTRY)
