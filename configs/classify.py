@@ -11,7 +11,6 @@ def get_config():
     config.model.update(num_layers=2, d_model=128, num_heads=4)
     config.objective = dict(name="classify", coefs={"classify": 1.0, "lm": 0.5})
     config.data.tasks = ("python_kinds",)
-    config.data.corpus = "python_source"
     config.data.tokenizer.vocab_size = 2048
     config.eval.every_steps = 100
     return config

@@ -11,7 +11,6 @@ def get_config():
     config.model.update(num_layers=2, d_model=128, num_heads=4)
     config.objective = dict(name="supervised", mask="prefix", max_new=32)
     config.data.tasks = ("python_docstrings",)
-    config.data.corpus = "python_source"
     config.data.tokenizer.vocab_size = 2048
     config.eval.update(every_steps=100, max_generated=20)
     return config

@@ -81,11 +81,23 @@ class Validate:
             self.writer.add(step, values)
             shown = [f"valid {values['valid/loss']:.4f}"]
             shown += [f"bits/byte {values['valid/bits_per_byte']:.4f}"] if "valid/bits_per_byte" in values else []
-            shown += [
-                f"{k.split('/')[1]} {v:.4f}" for k, v in values.items() if k.count("/") == 2 and k.endswith("/loss")
-            ]
+            shown += [f"{name} {value:.4f}" for name, value in _parts(values)]
             self.console.show(f"step {step:05d} | {' | '.join(shown)} | {time.perf_counter() - started:.1f} s")
         return values
+
+
+def _parts(values: Mapping[str, float]) -> list[tuple[str, float]]:
+    """What a validation's line shows beside the loss: the losses of its sources, and what tasks are scored by."""
+    out = []
+    for key, value in values.items():
+        name = key.removeprefix("valid/")
+        inner = name.rpartition("/")[2]
+        plain = inner in ("nll", "perplexity", "tokens", "bits_per_byte") or inner.endswith("_nll")
+        if inner == "loss" and name != "loss":
+            out.append((name.removesuffix("/loss"), value))
+        elif inner != "loss" and not plain and "loss/" not in name:
+            out.append((name, value))
+    return out[:8]
 
 
 @dataclasses.dataclass
