@@ -106,6 +106,7 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
     source: str = option("", "`init.from`: a run's workdir or checkpoint whose weights to start from, by name")
+    model: bool = option(True, "take the shape of the model (model.*) from that run too; False keeps this config's")
 
 
 @dataclasses.dataclass(frozen=True)

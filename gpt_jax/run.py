@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     schedule = resolve_batch_schedule(
         config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
     )
-    config = with_tokenizer_of_init(config, log)
+    config = following_init(config, log)
     data = prepare_data(
         config.data,
         context_length=config.context_length,
@@ -141,14 +142,34 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     return Run(config, data, objective, step, batch_sizes(schedule, config.batch_size), tokens_at)
 
 
-def with_tokenizer_of_init(config: Config, log: Callable[[str], None]) -> Config:
-    """A run that starts from another's weights reads with its tokenizer, unless the config names one."""
-    folder = pathlib.Path(config.init.source) / "tokenizer"
-    if not config.init.source or config.data.tokenizer.path or not folder.is_dir():
+# How a model is executed or regularised: what a run that starts from another's weights chooses for itself.
+_OWN_MODEL_KEYS = re.compile(
+    r"attention|query_block|flatten|unroll|remat|dtype|param_dtype|dropout|init_std|scale_residual_init|lora_.*"
+)
+
+
+def following_init(config: Config, log: Callable[[str], None]) -> Config:
+    """A run that starts from another's weights has its model's shape (unless init.model is False) and its tokenizer
+    (unless data.tokenizer.path names one)."""
+    source = pathlib.Path(config.init.source)
+    if not config.init.source or not (source / "config.json").is_file():
         return config
-    log(f"tokenizer of {config.init.source}, whose weights the run starts from")
-    tokenizer = dataclasses.replace(config.data.tokenizer, path=str(folder), keep=0)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    if config.init.model:
+        theirs = dataclasses.asdict(resolve(saved_config(str(source))).model)
+        changed = {
+            key: value
+            for key, value in theirs.items()
+            if value != getattr(config.model, key) and not _OWN_MODEL_KEYS.fullmatch(key)
+        }
+        if changed:
+            shown = ", ".join(f"{key}={value!r}" for key, value in changed.items())
+            log(f"model of {source}, whose weights the run starts from: {shown}")
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
+    if not config.data.tokenizer.path and (source / "tokenizer").is_dir():
+        log(f"tokenizer of {source}, whose weights the run starts from")
+        tokenizer = dataclasses.replace(config.data.tokenizer, path=str(source / "tokenizer"), keep=0)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    return config
 
 
 def batch_sizes(schedule: Sequence[tuple[int, int]], batch_size: int) -> Callable[[int], int]:
