@@ -14,6 +14,7 @@ import argparse
 import collections
 import json
 import re
+import string
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ REAL = ("sst2", "ag_news", "wnut17", "squad", "e2e", "multi30k", "scitldr", "bab
 # The first sentence of an abstract, without the words around it, is what "copy" copies.
 COPIED = {"scitldr": {"sentences": 1, "template": "{source}"}}
 _WORD = re.compile(r"\w+|[^\w\s]")
+_SHAPES = {ord(c): "0" if c.isdigit() else "A" if c.isupper() else "a" for c in string.ascii_letters + string.digits}
 _SPAN_QUESTIONS = 3000  # that the span model learns from: more takes minutes
 _LONGEST_SPAN = 8  # words
 
@@ -38,8 +40,8 @@ def most_frequent(values: Iterable[str]) -> str:
     return collections.Counter(values).most_common(1)[0][0]
 
 
-def logistic(features, labels: Sequence, C: float = 10.0) -> LogisticRegression:
-    return LogisticRegression(C=C, max_iter=300, tol=1e-3).fit(features, labels)
+def logistic(rows, labels: Sequence, C: float = 10.0) -> LogisticRegression:
+    return LogisticRegression(C=C, max_iter=300, tol=1e-3).fit(rows, labels)
 
 
 def features() -> CountVectorizer:
@@ -83,9 +85,13 @@ def word_features(words: Sequence[str], i: int) -> list[str]:
     """What is known of word i: itself, its shape and ends, and the words beside it."""
     around = ["<s>", "<s>", *words, "</s>", "</s>"][i : i + 5]
     word = words[i]
-    shape = re.sub(r"(.)\1+", r"\1", re.sub("[a-z]", "a", re.sub("[A-Z]", "A", re.sub("[0-9]", "0", word))))
     out = [f"{k}:{w.lower()}" for k, w in enumerate(around)]
-    return [*out, f"shape:{shape}", f"3:{word[-3:]}", f"first:{i == 0}", f"pair:{around[1]} {word}"]
+    return [*out, f"shape:{shape_of(word)}", f"3:{word[-3:]}", f"first:{i == 0}", f"pair:{around[1]} {word}"]
+
+
+def shape_of(word: str) -> str:
+    """Returns 'Aa0' for 'Word12': its kinds of characters, runs of one made one."""
+    return re.sub(r"(.)\1+", r"\1", word.translate(_SHAPES))
 
 
 def text_to_text(task: Task, train: list, test: list) -> Iterator[tuple[str, list]]:
@@ -104,9 +110,8 @@ def text_to_text(task: Task, train: list, test: list) -> Iterator[tuple[str, lis
     for group in groups:  # each of bAbI's tasks is learned by itself
         ours, at = [e for e in train if e.group == group], [i for i, e in enumerate(test) if e.group == group]
         labels = [e.target for e in ours]
-        texts = [[with_question(e.source) for e in side] for side in (ours, [test[i] for i in at])]
-        predicted = logistic(*[bags(*texts)[0], labels]).predict(bags(*texts)[1]).tolist()
-        for i, label in zip(at, predicted, strict=True):
+        train_x, test_x = bags(*([with_question(e.source) for e in side] for side in (ours, [test[i] for i in at])))
+        for i, label in zip(at, logistic(train_x, labels).predict(test_x).tolist(), strict=True):
             found["majority"][i], found["bag of words"][i] = most_frequent(labels), label
     yield from found.items()
 
@@ -132,9 +137,8 @@ def span_qa(task: Task, train: list, test: list) -> Iterator[tuple[str, list]]:
     for e, words in zip(learned, places, strict=True):
         text, start = e.answers[0]
         inside += [start <= begin < start + len(text) for begin, _ in words]
-    model = logistic(
-        hasher.transform(f for e, p in zip(learned, places, strict=True) for f in qa_features(e, p)), inside
-    )
+    rows = (row for e, words in zip(learned, places, strict=True) for row in qa_features(e, words))
+    model = logistic(vectorizer.fit_transform(rows), inside, C=1.0)
     predictions = []
     for e in test:
         words = candidates(e)
@@ -168,7 +172,7 @@ def qa_features(example, places: Sequence[tuple[int, int]]) -> Iterator[list[str
     kind = next((w for w in asked if w in ("who", "when", "where", "why", "how", "which", "what")), "")
     kind += " many" * ("many" in asked or "much" in asked) + " year" * ("year" in asked)
     for i, word in enumerate(words):
-        shape = next(f for f in word_features(words, i) if f.startswith("shape:"))
+        shape = shape_of(word)
         near = [f"{k}:{words[i + k].lower() in asked}" for k in (-2, -1, 0, 1, 2) if 0 <= i + k < len(words)]
         yield [*near, *(f"{kind}|{f}" for f in (shape, word.lower())), f"{shape}|{word.lower() in asked}"]
 

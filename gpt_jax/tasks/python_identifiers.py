@@ -22,7 +22,10 @@ def task(size: int = 3000, longest: int = 60) -> Task:
     """
 
     def build(definition: Definition) -> Tagged | None:
-        if definition.kind not in ("function", "method") or not definition.code.isascii():
+        # Taking code to tokens is slow: what is too long for so few is not tried.
+        if definition.kind not in ("function", "method") or len(definition.code) > 15 * longest:
+            return None
+        if not definition.code.isascii():
             return None
         found = tag_tokens(definition.code)
         if found is None or not 8 <= len(found) <= longest:
