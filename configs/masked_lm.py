@@ -9,6 +9,7 @@ def get_config():
     config.batch_size = 32
     config.context_length = 128
     config.model.update(num_layers=2, d_model=128, num_heads=4)
+    config.model.update(positions="rope", norm="rmsnorm", ffn="relu2", qk_norm=True, bias=False)
     config.objective = dict(
         name="masked_lm",
         coefs={"mlm": 1.0},
@@ -19,6 +20,6 @@ def get_config():
     )
     config.data.doc_mask = True
     config.data.tokenizer.vocab_size = 2048
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.update(name="muon", learning_rate=0.02, weight_decay=0.05, end_factor=0.05)
     config.eval.every_steps = 100
     return config

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from gpt_jax.objectives.causal_lm import CausalLM as CausalLM
     from gpt_jax.objectives.compose import Mixture as Mixture
     from gpt_jax.objectives.compose import Sum as Sum
+    from gpt_jax.objectives.masked_lm import MaskedLM as MaskedLM
+    from gpt_jax.objectives.replaced_token import ReplacedToken as ReplacedToken
     from gpt_jax.optim import make_optimizer as make_optimizer
     from gpt_jax.optim import make_schedule as make_schedule
     from gpt_jax.sharding import make_mesh as make_mesh
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 _WHERE = {
     "CausalLM": "gpt_jax.objectives.causal_lm",
     "Mask": "gpt_jax.model",
+    "MaskedLM": "gpt_jax.objectives.masked_lm",
     "Mixture": "gpt_jax.objectives.compose",
     "ModelConfig": "gpt_jax.model",
     "Objective": "gpt_jax.objectives",
+    "ReplacedToken": "gpt_jax.objectives.replaced_token",
     "Sum": "gpt_jax.objectives.compose",
     "TrainState": "gpt_jax.step",
     "Transformer": "gpt_jax.model",

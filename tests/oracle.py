@@ -121,8 +121,8 @@ def rotary(x, positions, base):
     return out
 
 
-def forward(params, config, tokens, *, segments=None, positions=None, kind="causal", prefix=None):
-    """Logits [B, T, V] of the model whose parameters (a tree of arrays) and config are given."""
+def forward(params, config, tokens, *, segments=None, positions=None, kind="causal", prefix=None, hidden=False):
+    """Logits [B, T, V] of the model whose parameters (a tree of arrays) and config are given; or its hidden states."""
     import jax
 
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -187,6 +187,8 @@ def forward(params, config, tokens, *, segments=None, positions=None, kind="caus
         y = h @ m["down"]["kernel"] + m["down"].get("bias", 0.0)
         x = x + (np.tanh(y) if config.ffn == "relu_tanh" else y)
     x = normalise(x, p["final_norm"], config.norm)
+    if hidden:
+        return x
     if "embedding_out" in p:
         x = x @ p["embedding_out"]["kernel"] + p["embedding_out"].get("bias", 0.0)
     table = p["embedding"] if config.tie_embeddings else p["head"]

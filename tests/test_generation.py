@@ -16,6 +16,7 @@ VARIANTS = {
     "rope": {"positions": "rope"},
     "alibi": {"positions": "alibi"},
     "grouped": {"num_kv_heads": 2},
+    "factorised": {"embedding_size": 6},
     "banded": {"pattern": ("dense", "band"), "window": 3},
     "talking": {"talking_heads": True},
     "unequal": {"head_dims": (2, 4, 6, 4)},

@@ -1,6 +1,7 @@
 """Masked language modelling: maskers against counts, distributions and a sequential oracle; the loss against NumPy."""
 
 import functools
+import json
 import math
 
 import jax
@@ -11,13 +12,15 @@ import pytest
 from helpers import params_of, text_batch, tiny
 from scipy.stats import chi2, chisquare
 
+from gpt_jax.cli import main
+from gpt_jax.edit_distance import levenshtein
 from gpt_jax.errors import UserError
 from gpt_jax.model import Transformer
 from gpt_jax.objectives import masking
 from gpt_jax.objectives.base import Setting, build_objective
-from gpt_jax.objectives.masked_lm import MaskedLM
+from gpt_jax.objectives.masked_lm import MaskedLM, edit_distances
 from gpt_jax.optim import make_optimizer
-from gpt_jax.sharding import make_mesh
+from gpt_jax.sharding import make_mesh, unbox
 from gpt_jax.step import build_eval_step, build_train_step, gradients, row_keys
 from gpt_jax.testing import check_objective
 
@@ -370,12 +373,12 @@ def learn(objective, batches, steps, rate=1e-2):
 
 
 def on_cycles(**options):
-    config = tiny(vocab_size=CYCLE + 1, num_layers=2, d_model=32, d_ff=64, positions="rope", init_std=0.1)
+    config = tiny(vocab_size=CYCLE + 1, num_layers=1, d_model=32, d_ff=64, positions="rope", init_std=0.1)
     return MaskedLM(Transformer(config), mask_token=CYCLE, **options)
 
 
 def test_a_cyclic_language_is_learnt():
-    assert learn(on_cycles(), cycles, 300)["accuracy"] > 0.99
+    assert learn(on_cycles(), cycles, 400)["accuracy"] > 0.99
 
 
 @pytest.mark.slow
@@ -404,7 +407,7 @@ def test_the_question_of_the_next_mask_is_asked_of_what_stands_before_it():
     objective = masked_lm(coefs={"mlm": 1.0, "next_masked": 0.5}, rate=0.4)
     batch = text_batch(documents=True, vocab=VOCAB - 1)
     out = jax.device_get(objective.prepare(batch, row_keys(0, 3, jnp.arange(8)), 3))
-    head = jax.jit(lambda key: objective.init(key, batch))(jax.random.key(0))["next_masked"]
+    head = unbox(jax.jit(lambda key: objective.init(key, batch))(jax.random.key(0)))["next_masked"]
     params = PARAMS | {"next_masked": jax.tree.map(lambda x: x + 0.1, head)}
     scores = jax.jit(lambda prepared: objective._next_masked(params, prepared, None))
     before, changed = np.asarray(scores(out)), out["inputs"].copy()
@@ -425,11 +428,78 @@ def test_the_question_of_the_next_mask_is_asked_of_what_stands_before_it():
     assert float(sums["next_masked"]) == pytest.approx(expected, rel=1e-5)
 
 
+# --- the edit distance as a regulariser -------------------------------------------------------------------------------
+
+
+def spans_of(slots, used):
+    """The places of each run of adjacent slots, as lists of indices into the slots."""
+    out = []
+    for i in np.flatnonzero(used):
+        if out and slots[i] == slots[out[-1][-1]] + 1:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return out
+
+
+def made_up_spans():
+    """Logits, labels, slots and used slots of rows of two spans (4 and 2 tokens), of three single tokens, of none."""
+    slots = np.array([[2, 3, 4, 5, 8, 9, 0], [1, 4, 9, 0, 2, 3, 5], [0, 1, 2, 3, 4, 5, 6]], np.int32)
+    used = np.arange(7) < np.array([6, 3, 0])[:, None]
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(3, 7, 9)).astype(np.float32), rng.integers(0, 9, (3, 7)).astype(np.int32), slots, used
+
+
+def test_the_hard_edit_distance_is_that_of_the_likeliest_tokens_span_by_span():
+    logits, labels, slots, used = made_up_spans()
+    shifted = labels.copy()  # the first span is right but for a shift by one: two edits, not four
+    shifted[0, 1:4], labels[0, :4] = [1, 2, 3], [1, 2, 3, 4]
+    for likeliest in (logits.argmax(-1), shifted):
+        sure = np.where(np.arange(9) == likeliest[..., None], 50.0, 0.0).astype(np.float32)
+        soft, hard = (np.asarray(x) for x in edit_distances(sure, labels, slots, used, gamma=0.0))
+        expected = [
+            sum(levenshtein(likeliest[row, span], labels[row, span]) for span in spans_of(slots[row], used[row]))
+            for row in range(3)
+        ]
+        np.testing.assert_allclose(hard, np.array(expected) / [6, 3, 1], rtol=1e-6)
+        np.testing.assert_allclose(soft, hard, atol=1e-5)
+    assert hard[0] < (shifted != labels)[0, :6].mean()
+
+
+def test_the_soft_edit_distance_of_single_tokens_is_the_chance_that_they_are_wrong():
+    logits, labels, slots, used = made_up_spans()
+    p = np.exp(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    right = np.take_along_axis(p, labels[..., None], -1)[..., 0]
+    soft, _ = edit_distances(logits, labels, slots, used, gamma=0.01)
+    assert float(soft[1]) == pytest.approx((1 - right[1, :3]).mean(), rel=1e-5)
+    assert float(soft[2]) == 0
+
+    def total(logits):
+        return jnp.sum(edit_distances(logits, labels, slots, used, gamma=0.1)[0])
+
+    grads = np.asarray(jax.jit(jax.grad(total))(logits))
+    assert np.isfinite(grads).all()
+    np.testing.assert_array_equal((grads != 0).any(-1), used)
+
+
+def test_the_regulariser_of_a_config_begins_after_a_tenth_of_the_run():
+    setting = Setting(model=MODEL.config, specials={"eot": 3, "mask": 36}, steps=200)
+    objective = build_objective({"name": "masked_lm", "select": "spans", "coefs": {"mlm": 1.0, "edit": 0.1}}, setting)
+    coef = objective.coefs["edit"]
+    assert [round(float(coef(step)), 6) for step in (0, 19, 20, 199)] == [0, 0, 0.1, 0.1]
+    frozen = jax.tree.map(lambda x: None, PARAMS)
+    at = jax.jit(lambda b, step: gradients(objective, PARAMS, frozen, b, step=step, seed=0, microbatches=1)[:2])
+    (early, metrics), (late, later) = (jax.device_get(at(text_batch(vocab=VOCAB - 1), step)) for step in (3, 30))
+    assert float(early) == pytest.approx(metrics["loss/mlm"], rel=1e-6)
+    assert float(late) == pytest.approx(later["loss/mlm"] + 0.1 * later["loss/edit"], rel=1e-6)
+    assert later["loss/edit"] > 0 and later["edit_distance"] > 0
+
+
 # --- contract, figures, errors ----------------------------------------------------------------------------------------
 
 VARIANTS = {
     "bert": dict(z_loss=1e-3, label_smoothing=0.1),
-    "spans_next_masked": dict(select="spans", coefs={"mlm": 1.0, "next_masked": 0.5}),
+    "spans_and_all_terms": dict(select="spans", coefs={"mlm": 1.0, "next_masked": 0.5, "edit": 0.1}),
     "electra": dict(select="replacement", shares=(0.85, 0.0, 0.15)),
     "fair": dict(corruption="fair", rate=0.5),
     "all": dict(corruption="fair", loss_on="all"),
@@ -457,6 +527,32 @@ def test_one_step_gives_these_figures():
 GOLDEN = {}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["masked_lm", "replaced_token"])
+def test_a_run_is_evaluated_alike_twice_has_no_perplexity_and_writes_no_samples(config, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the {i}th line of a text, not the {i + 1}th" for i in range(400)))
+    tiny_flags = ["--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.num_heads=2"]
+    data_flags = [f"--config.data.path={tmp_path}/text.txt", "--config.data.tokenizer.kind=byte"]
+    data_flags += [
+        "--config.batch_size=8",
+        "--config.context_length=32",
+        "--config.steps=3",
+        "--config.log.tensorboard=False",
+    ]
+    workdir = str(tmp_path / "run")
+    assert main(["train", f"--config={config}", f"--workdir={workdir}", *tiny_flags, *data_flags]) == 0
+    trained = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["eval", f"--workdir={workdir}"]) == 0
+    evaluated = json.loads(capsys.readouterr().out.splitlines()[-1])
+    values = {name: value for name, value in evaluated.items() if name.startswith("valid/")}
+    assert {"valid/mlm_nll", "valid/accuracy", "valid/loss"} <= set(values)
+    assert {name: trained[name] for name in values} == values
+    assert not any(word in name for name in trained for word in ("perplexity", "bits_per_byte"))
+    assert not list((tmp_path / "run" / "samples").glob("*"))
+    assert main(["sample", f"--workdir={workdir}", "--prompt=the"]) == 1
+    assert f"the objective '{config}', which does not teach it" in capsys.readouterr().err
+
+
 def test_a_config_takes_its_special_tokens_from_the_tokenizer():
     setting = Setting(model=MODEL.config, specials={"eot": 3, "mask": 36})
     objective = build_objective({"name": "masked_lm", "rate": 0.2}, setting)
@@ -478,6 +574,7 @@ def test_a_config_takes_its_special_tokens_from_the_tokenizer():
         (dict(shares=(0.8, 0.3, -0.1)), r"objective\.shares is \(0\.8, 0\.3, -0\.1\)"),
         (dict(shares=(0.8, 0.1, 0.2)), r"objective\.shares is \(0\.8, 0\.1, 0\.2\)"),
         (dict(masks=0), r"objective\.masks is 0"),
+        (dict(edit_gamma=-0.1), r"objective\.edit_gamma is -0\.1"),
         (dict(label_smoothing=1.0), r"objective\.label_smoothing is 1\.0"),
         (dict(mask_token=37), r"special token 37 is not in the model's vocabulary of 37"),
     ],

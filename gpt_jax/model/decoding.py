@@ -47,7 +47,7 @@ def decoding_params(config: ModelConfig, params: Any, transpose: bool) -> Any:
     def prepare(path: Any, leaf: Array) -> Any:
         name, parent = path[-1].key, path[-2].key if len(path) > 1 else ""
         leaf = leaf.astype(config.dtype) if name in _FACTORS else leaf
-        if name != "kernel" or not transpose:
+        if name != "kernel" or path[0].key != "layers" or not transpose:
             return leaf
         inputs = math.prod(leaf.shape[:2]) if parent == "out" and leaf.ndim == 3 else leaf.shape[0]
         return Transposed(leaf.reshape(inputs, -1).T, leaf.shape)

@@ -19,6 +19,10 @@ selected. The loss is the mean cross-entropy over those tokens.
 The term 'next_masked', on where `coefs` names it, is the article's auxiliary question whether the next token is masked,
 asked of the same weights under the causal mask. Masks that are independent of each other leave it the entropy of their
 rate as its least loss (H(0.15) = 0.4227 nats): it cannot be learnt from them.
+
+The term 'edit', on where `coefs` names it, is the article's regulariser: the soft edit distance between the predicted
+distributions and the true tokens, per token, in each run of adjacent tokens that the loss is on (see
+gpt_jax/edit_distance.py). On single tokens it says no more than whether they are right; use it with select="spans".
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from gpt_jax.edit_distance import BIG, mismatch_costs, soft_edit_distance
 from gpt_jax.errors import UserError, choose
 from gpt_jax.losses import binary_cross_entropy, cross_entropy
 from gpt_jax.model import Mask, Transformer
@@ -45,10 +50,11 @@ LOSSES = ("selected", "non_mask", "all")
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLM(Objective):
-    """Cross-entropy of hidden tokens; the term "mlm", and "next_masked" if `coefs` has it.
+    """Cross-entropy of hidden tokens; the term "mlm", and "next_masked" and "edit" if `coefs` has them.
 
     Metrics: "accuracy" of selected tokens that the loss is on, and their "mlm_nll": the mean -log p of a token given
     the corrupted text. It is no 'nll': a product of these is not the probability of a text, and has no perplexity.
+    With "edit" also "edit_distance": Levenshtein of the likeliest tokens by the number of true ones, mean over rows.
 
     Batch: tokens, targets, target_weights [B, T]; with documents kept apart also segment_ids and positions [B, T].
 
@@ -61,7 +67,7 @@ class MaskedLM(Objective):
     model: Transformer
     mask_token: int
     specials: tuple[int, ...] = ()
-    coefs: Mapping[str, Any] = option({"mlm": 1.0}, "weight of each term: mlm, next_masked")
+    coefs: Mapping[str, Any] = option({"mlm": 1.0}, "weight of each term: mlm, next_masked, edit")
     rate: float = option(0.15, "part of a row's tokens that is selected")
     select: str = option("tokens", " | ".join(masking.SELECTIONS))
     max_predictions: int = option(0, "most tokens selected in a row; 0 is no bound")
@@ -69,6 +75,8 @@ class MaskedLM(Objective):
     shares: tuple[float, ...] = option((0.8, 0.1, 0.1), "bert: parts replaced by [MASK], by a random token, kept")
     masks: int = option(1, "fair, literal: how many of a row's selected tokens are [MASK]")
     loss_on: str = option("", f"{' | '.join(LOSSES)}; empty: selected with bert, else non_mask")
+    edit_gamma: float = option(0.1, "softness of the edit distance")
+    edit_after: float = option(0.1, "from a config: part of the run before the term 'edit' begins")
     label_smoothing: float = option(0.0, "probability given to all tokens alike")
     z_loss: float = option(0.0, "coefficient of logsumexp^2")
 
@@ -79,6 +87,11 @@ class MaskedLM(Objective):
         masking.check_shares(self.shares)
         if self.masks < 1:
             raise UserError(f"objective.masks is {self.masks}; the article's variants have at least one [MASK].")
+        if self.edit_gamma < 0 or not 0 <= self.edit_after <= 1:
+            raise UserError(
+                f"objective.edit_gamma is {self.edit_gamma!r} and edit_after {self.edit_after!r}; "
+                "they must be 0 or more, and in [0, 1]."
+            )
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"objective.label_smoothing is {self.label_smoothing!r}; it must be in [0, 1).")
         ids = masking.check_specials(self.model.config.vocab_size, self.mask_token, self.specials)
@@ -87,7 +100,8 @@ class MaskedLM(Objective):
     @classmethod
     def build(cls, options: Mapping[str, Any], setting: Setting) -> MaskedLM:
         ids = dict(mask_token=setting.special("mask"), specials=tuple(setting.specials.values()))
-        return cls(model=Transformer(setting.model), **ids, **check_options(cls, options))
+        objective = cls(model=Transformer(setting.model), **ids, **check_options(cls, options))
+        return with_edit_schedule(objective, setting.steps)
 
     @property
     def where(self) -> str:
@@ -131,6 +145,8 @@ class MaskedLM(Objective):
         out = {**batch, "inputs": inputs, "slots": slots, "labels": masking.at_slots(tokens, slots)}
         out["selected"] = masking.at_slots(counts > 0, slots)
         out["weights"] = {"mlm": masking.at_slots(weights, slots)}
+        if "edit" in self.coefs:
+            out["weights"]["edit"] = jnp.any(weights > 0, axis=1).astype(jnp.float32)
         if "next_masked" in self.coefs:
             asked = real[:, :-1] & eligible[:, 1:]
             if "segment_ids" in batch:
@@ -156,6 +172,11 @@ class MaskedLM(Objective):
         counted = weights * batch["selected"]
         measured = {"accuracy": jnp.argmax(logits_BxNxV, axis=-1) == labels, "mlm_nll": nll}
         metrics = {name: (jnp.sum(counted * x), jnp.sum(counted)) for name, x in measured.items()}
+        if "edit" in self.coefs:
+            soft_B, hard_B = edit_distances(logits_BxNxV, labels, batch["slots"], weights > 0, gamma=self.edit_gamma)
+            rows = batch["weights"]["edit"]
+            sums["edit"] = jnp.sum(rows * soft_B)
+            metrics["edit_distance"] = (jnp.sum(rows * hard_B), jnp.sum(rows))
         return sums, metrics
 
     def token_logits(self, params: Params, batch: Batch, keys: Array | None = None) -> Array:
@@ -172,3 +193,38 @@ class MaskedLM(Objective):
         inputs, positions = batch["inputs"], batch.get("positions")
         options = dict(mask=mask, positions=positions, keys=keys, method="encode")
         return self.model.apply({"params": params["model"]}, inputs, **options)[0]
+
+
+def edit_distances(
+    logits_BxNxV: Array, labels_BxN: Array, slots_BxN: Array, used_BxN: Array, *, gamma: float
+) -> tuple[Array, Array]:
+    """Edit distances of predictions to labels within each run of adjacent slots, by the number of labels.
+
+    Args:
+      logits_BxNxV, labels_BxN: at the slots. slots_BxN: places in the row, rising. used_BxN: the first n of each row.
+      gamma: softness.
+
+    Returns:
+      (soft distance of the distributions, Levenshtein distance of the likeliest tokens), each [B]; 0 where n is 0.
+    """
+    n_B = jnp.sum(used_BxN, axis=1)
+    begins = jnp.pad(slots_BxN[:, 1:] != slots_BxN[:, :-1] + 1, ((0, 0), (1, 0)))
+    run_BxN = jnp.cumsum(begins, axis=1)
+    apart = run_BxN[:, :, None] != run_BxN[:, None, :]  # no alignment pairs tokens of two runs
+
+    def distance(costs_BxNxN: Array, gamma: float) -> Array:
+        return soft_edit_distance(jnp.where(apart, BIG, costs_BxNxN), n_B, n_B, gamma=gamma) / jnp.maximum(n_B, 1)
+
+    likeliest = jnp.argmax(logits_BxNxV, axis=-1)
+    wrong = (likeliest[:, :, None] != labels_BxN[:, None, :]).astype(jnp.float32)
+    return distance(mismatch_costs(logits_BxNxV, labels_BxN), gamma), distance(wrong, 0.0)
+
+
+def with_edit_schedule(objective: Any, steps: int) -> Any:
+    """Lets the term 'edit' of a config begin after the part `edit_after` of the run; callables stay as they are."""
+    coef = objective.coefs.get("edit", 0.0)
+    if callable(coef) or not coef:
+        return objective
+    start = round(objective.edit_after * steps)
+    schedule = lambda step: jnp.where(step >= start, coef, 0.0)  # noqa: E731
+    return dataclasses.replace(objective, coefs={**objective.coefs, "edit": schedule})
