@@ -33,6 +33,7 @@ REGISTRY: dict[str, str] = {
     "mixture": "gpt_jax.objectives.compose:Mixture",
     "sum": "gpt_jax.objectives.compose:Sum",
     "supervised": "gpt_jax.objectives.supervised:Supervised",
+    "tag": "gpt_jax.objectives.tag:Tag",
 }
 
 
