@@ -31,6 +31,7 @@ REGISTRY: dict[str, str] = {
     "denoising": "gpt_jax.objectives.denoising:Denoising",
     "masked_lm": "gpt_jax.objectives.masked_lm:MaskedLM",
     "mixture": "gpt_jax.objectives.compose:Mixture",
+    "multiple_choice": "gpt_jax.objectives.multiple_choice:MultipleChoice",
     "span_qa": "gpt_jax.objectives.span_qa:SpanQA",
     "sum": "gpt_jax.objectives.compose:Sum",
     "supervised": "gpt_jax.objectives.supervised:Supervised",
