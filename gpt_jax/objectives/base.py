@@ -29,6 +29,7 @@ REGISTRY: dict[str, str] = {
     "causal_lm": "gpt_jax.objectives.causal_lm:CausalLM",
     "classify": "gpt_jax.objectives.classify:Classify",
     "denoising": "gpt_jax.objectives.denoising:Denoising",
+    "dialogue": "gpt_jax.objectives.dialogue:Dialogue",
     "masked_lm": "gpt_jax.objectives.masked_lm:MaskedLM",
     "mixture": "gpt_jax.objectives.compose:Mixture",
     "multiple_choice": "gpt_jax.objectives.multiple_choice:MultipleChoice",
