@@ -122,7 +122,16 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         tokens_at=tokens_at,
     )
     optimizer = make_optimizer(
-        o.name, rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, groups=o.groups, kwargs=o.kwargs
+        o.name,
+        rate,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        groups=o.groups,
+        layer_decay=o.layer_decay,
+        pattern_length=len(config.model.pattern),
+        kwargs=o.kwargs,
     )
     step = build_train_step(
         objective,
