@@ -88,6 +88,7 @@ class OptimizerConfig:
     groups: tuple[tuple[str, Mapping[str, Any]], ...] = option(
         (), "(regex, {'lr': multiplier, 'weight_decay': value, 'frozen': bool}) pairs over parameter names; first match"
     )
+    layer_decay: float = option(1.0, "learning rate of a layer over that of the one above it (ELECTRA: 0.8); 1 is off")
     clip_norm: float = option(1.0, "global-norm clipping of the gradient; 0 is off")
     ema: float = option(0.0, "decay of the exponential moving average of the weights; 0 is off")
     max_skipped: int = option(20, "stop after this many non-finite updates in a row")

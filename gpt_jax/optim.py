@@ -140,6 +140,40 @@ def scale_by_group(groups: Groups) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: _named_map(one, updates))
 
 
+_EMBEDDING = r"[^/]+/(position_embedding|embedding|embedding_in)(/|$)"
+
+
+def scale_by_depth(decay: float, pattern_length: int = 1) -> optax.GradientTransformation:
+    """Layer-wise learning-rate decay (Clark et al. 2020, appendix B): updates times decay^(L + 1 - depth).
+
+    Of a model of L layers the embeddings have depth 0, layer l (from 0) depth l + 1, the final norm and the output
+    layer L + 1, as have the roots without layers: heads learn at the full rate. (ELECTRA counts a pooler below the head
+    too: one exponent more for all below.)
+
+    Args:
+      decay: in (0, 1]. pattern_length: blocks in the repeating pattern that parameters are stacked over.
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        paths = jax.tree_util.tree_leaves_with_path(updates)
+        repetitions = {n.split("/")[0]: leaf.shape[0] for p, leaf in paths if is_stacked(n := path_name(p))}
+
+        def one(name: str, leaf: Array) -> Array:
+            root = name.split("/")[0]
+            if root not in repetitions:
+                return leaf
+            layers = repetitions[root] * pattern_length
+            if is_stacked(name):
+                first = int(re.search(r"/layers/block_(\d+)/", name)[1])
+                distance = layers - (first + pattern_length * np.arange(leaf.shape[0]))
+                return leaf * (decay**distance).astype(np.float32).reshape((-1,) + (1,) * (leaf.ndim - 1))
+            return leaf * decay ** (layers + 1) if re.match(_EMBEDDING, name) else leaf
+
+        return _named_map(one, updates)
+
+    return optax.stateless(update)
+
+
 def decay_weights(weight_decay: float, groups: Groups) -> optax.GradientTransformation:
     """Adds weight_decay * parameter to the update, by name (`NO_DECAY`) and group."""
 
@@ -222,12 +256,16 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     groups: Groups = (),
+    layer_decay: float = 1.0,
+    pattern_length: int = 1,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Optimizer:
     """Makes the optimizer of a name or an import path ('package.module:function', called with learning_rate=schedule).
 
-    Clipping is the train step's, which needs the norm anyway.
+    Clipping is the train step's, which needs the norm anyway. `layer_decay`, `pattern_length`: see `scale_by_depth`.
     """
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"optimizer.layer_decay is {layer_decay}; it must be above 0 and at most 1 (off).")
     if not callable(schedule):
         rate = float(schedule)
 
@@ -236,7 +274,9 @@ def make_optimizer(
 
     kwargs = dict(kwargs or {})
     frozen = tuple(regex for regex, settings in groups if settings.get("frozen"))
-    tail = (decay_weights(weight_decay, groups), scale_by_group(groups), optax.scale_by_learning_rate(schedule))
+    depth = (scale_by_depth(layer_decay, pattern_length),) if layer_decay < 1 else ()
+    scaled = (scale_by_group(groups), *depth)
+    tail = (decay_weights(weight_decay, groups), *scaled, optax.scale_by_learning_rate(schedule))
     if name == "adamw":
         tx = optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, **kwargs), *tail)
     elif name == "adafactor":
@@ -246,7 +286,7 @@ def make_optimizer(
         inner = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_dimensions, **options)
         tx = optax.chain(inner, optax.scale(-1.0), *tail)
     elif ":" in name:
-        tx = optax.chain(import_path(name)(learning_rate=schedule, **kwargs), scale_by_group(groups))
+        tx = optax.chain(import_path(name)(learning_rate=schedule, **kwargs), *scaled)
     else:
         choose("optimizer.name", name, ("adamw", "muon", "adafactor", "an import path (package.module:function)"))
     return Optimizer(tx, schedule, frozen)

@@ -20,6 +20,7 @@ from gpt_jax.data import Data, prepare_data
 from gpt_jax.data.batches import resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
 from gpt_jax.errors import UserError, choose
+from gpt_jax.model.lora import LORA_BASE
 from gpt_jax.objectives.base import Host, Objective, Setting, build_objective, check_spec, rows_of
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
 from gpt_jax.sharding import DEFAULT_RULES, batch_shardings, make_mesh, path_name
@@ -122,8 +123,18 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         end_factor=o.end_factor,
         tokens_at=tokens_at,
     )
+    adapting = config.model.lora_rank and config.model.lora_freeze
     optimizer = make_optimizer(
-        o.name, rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, groups=o.groups, kwargs=o.kwargs
+        o.name,
+        rate,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        groups=(*o.groups, *([(LORA_BASE, {"frozen": True})] if adapting else [])),
+        layer_decay=o.layer_decay,
+        pattern_length=len(config.model.pattern),
+        kwargs=o.kwargs,
     )
     step = build_train_step(
         objective,

@@ -174,6 +174,46 @@ def test_the_first_matching_group_sets_rate_and_decay():
     np.testing.assert_allclose(bias(decay), -0.01 * bias(params["model"]), rtol=1e-6)
 
 
+def test_layers_at_rate_zero_stay_bit_for_bit():
+    groups = ((r"model/layers/.*", {"lr": (0.0, 1.0, 0.0)}),)
+    params, grads = tree(), [tree(seed=s) for s in (1, 2)]
+    for updates in updates_of(make_optimizer("adamw", 0.01, weight_decay=0.3, groups=groups), params, grads):
+        for leaf in jax.tree.leaves(updates["model"]["layers"]):
+            assert (leaf[[0, 2]] == 0).all() and (leaf[1] != 0).all()
+        assert (updates["model"]["embedding"] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "optax:sgd"])
+def test_each_layer_learns_at_a_fixed_part_of_the_rate_of_the_one_above(name):
+    # Two repetitions of a pattern of three blocks: layers 0 to 5, the first of each block being 0, 1 and 2.
+    rng = np.random.default_rng(0)
+    leaves = tree(layers=2)["model"]
+    model = {**leaves, "layers": {f"block_{i}": leaves["layers"]["block_0"] for i in range(3)}}
+    model["final_norm"] = {"scale": np.ones(8, np.float32)}
+    params = {"model": model, "classifier": {"kernel": rng.normal(size=(8, 3)).astype(np.float32)}}
+    grads = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)]
+    plain, decayed = (
+        updates_of(make_optimizer(name, 0.01, layer_decay=decay, pattern_length=3), params, grads)[0]
+        for decay in (1.0, 0.8)
+    )
+    ratio = jax.tree.map(lambda a, b: a / b, decayed, plain)
+    for block in range(3):
+        for leaf in jax.tree.leaves(ratio["model"]["layers"][f"block_{block}"]):
+            for repetition in range(2):
+                layer = 3 * repetition + block
+                np.testing.assert_allclose(leaf[repetition], 0.8 ** (6 - layer), rtol=1e-5)
+    np.testing.assert_allclose(ratio["model"]["embedding"], 0.8**7, rtol=1e-5)
+    np.testing.assert_allclose(ratio["model"]["position_embedding"], 0.8**7, rtol=1e-5)
+    np.testing.assert_allclose(ratio["model"]["final_norm"]["scale"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio["classifier"]["kernel"], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.5])
+def test_a_layer_decay_out_of_range_is_refused(decay):
+    with pytest.raises(UserError, match=f"optimizer.layer_decay is {decay}; it must be above 0 and at most 1"):
+        make_optimizer("adamw", 0.01, layer_decay=decay)
+
+
 def test_groups_that_make_no_sense_are_refused():
     names = ["model/embedding", "model/layers/block_0/mlp/up/kernel"]
     check_groups(((r"model/.*", {"lr": 2.0}),), names)

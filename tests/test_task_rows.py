@@ -169,6 +169,7 @@ def test_a_mixture_of_objectives_has_sub_batches_and_validation_of_its_own(tmp_p
     [
         (data_config(), classify_rows(), "trains on tasks of kind 'classify': name one or more in data.tasks"),
         (data_config("toy_tasks:reverse"), classify_rows(), "is of kind .text_to_text.; .* takes .classify."),
+        (data_config("toy_tasks:unlabelled"), classify_rows(), "task unlabelled declares no labels"),
         (data_config("toy_tasks:colours", "toy_tasks:colours"), classify_rows(), "names a task twice"),
         (data_config("toy_tasks:colours"), None, "but the objective reads text"),
         (data_config(), {"a": Part(None, {"corpsu": "x"}, 2)}, r"has key 'corpsu' \(did you mean 'corpus'\?\)"),

@@ -15,7 +15,14 @@ from gpt_jax.tasks.python_kinds import kind_of
 from gpt_jax.tasks.python_library import definitions, read_module, split_of
 
 SOME = ("json", "csv", "calendar", "textwrap", "argparse", "fractions", "difflib", "configparser", "string", "ast")
-TASKS = ("python_docstrings", "python_kinds", "python_identifiers", "python_defaults")
+TASKS = (
+    "python_docstrings",
+    "python_kinds",
+    "python_identifiers",
+    "python_defaults",
+    "python_choices",
+    "python_dialogue",
+)
 
 
 @pytest.fixture(scope="module")

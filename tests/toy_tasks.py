@@ -36,6 +36,11 @@ def pairs(train: int = 12, valid: int = 6) -> Task:
     return Task("pairs", "classify", ("accuracy",), splits, labels=CLOSED)
 
 
+def unlabelled() -> Task:
+    """Classes without names."""
+    return Task("unlabelled", "classify", ("accuracy",), {"train": lambda: [Classify("a", "b")]})
+
+
 def reverse(train: int = 20, valid: int = 5, letters: int = 4) -> Task:
     """Spell a word backwards."""
 

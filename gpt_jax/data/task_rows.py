@@ -94,6 +94,8 @@ def load_tasks(specs: Sequence[Any], kind: str, what: str) -> tuple[list[Task], 
         task = load_task(spec)
         if task.kind != kind:
             raise UserError(f"task {task.name} is of kind {task.kind!r}; the objective{what} takes {kind!r}.")
+        if kind in ("classify", "tag") and not task.labels:
+            raise UserError(f"task {task.name} declares no labels; the objective{what} has an output for each.")
         tasks.append(task)
         infos.append(TaskInfo(len(infos), task.name, task.labels, first))
         first += len(task.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from gpt_jax.errors import UserError, choose
 from gpt_jax.options import option
@@ -53,6 +54,10 @@ class ModelConfig:
     flatten: bool = option(True, "products over [B*T, D]; False keeps [B, T, D] (a sharded sequence axis)")
     unroll: int = option(0, "layers unrolled per iteration of the loop over layers; 0 unrolls all")
     remat: str = option("none", " | ".join(REMATS))
+    lora_rank: int = option(0, "LoRA: rank of what is added to the products that lora_targets names; 0 is off")
+    lora_alpha: float = option(16.0, "LoRA: W + (lora_alpha / lora_rank) A B")
+    lora_targets: str = option("qkv|q|kv", "LoRA: regex over products: qkv (or q, kv), out, up, down")
+    lora_freeze: bool = option(True, "LoRA: train A, B and heads only; False trains the model's other weights too")
 
     def __post_init__(self) -> None:
         choose("ffn", self.ffn, FFNS)
@@ -91,6 +96,37 @@ class ModelConfig:
             raise UserError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads={self.num_heads}.")
         if self.positions == "rope" and self.key_size % 2:
             raise UserError(f"rope needs an even head_dim, not {self.key_size}.")
+        if self.lora_rank:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        try:
+            found = [name for name in self.products if re.fullmatch(self.lora_targets, name)]
+        except re.error as error:
+            raise UserError(f"lora_targets is {self.lora_targets!r}, which is no regex: {error}.") from None
+        if not found or self.lora_rank < 1:
+            raise UserError(
+                f"lora_rank is {self.lora_rank} and lora_targets {self.lora_targets!r}: the rank must be at least 1, "
+                f"and the regex match one of {', '.join(self.products)}."
+            )
+
+    def is_low_rank(self, product: str) -> bool:
+        """Whether LoRA adds to the product of this name."""
+        return bool(self.lora_rank and product in self.products and re.fullmatch(self.lora_targets, product))
+
+    @property
+    def lora_scale(self) -> float:
+        return self.lora_alpha / self.lora_rank
+
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """The products of a block by name: sizes of input and output."""
+        d, f = self.d_model, self.ff_size
+        q, kv = self.num_heads * self.key_size, self.kv_heads * self.key_size
+        if self.head_dims:
+            q = kv = d
+        heads = {"qkv": (d, 3 * q)} if self.kv_heads == self.num_heads else {"q": (d, q), "kv": (d, 2 * kv)}
+        return {**heads, "out": (q, d), "up": (d, 2 * f if self.ffn == "swiglu" else f), "down": (f, d)}
 
     @property
     def embed_size(self) -> int:
@@ -123,21 +159,17 @@ class ModelConfig:
 
 def count_parameters(config: ModelConfig) -> int:
     """Returns the number of parameters, padded vocabulary rows excluded and a tied embedding counted once."""
-    d, f, bias = config.d_model, config.ff_size, int(config.bias)
-    if config.head_dims:
-        q = kv = d
-    else:
-        q, kv = config.num_heads * config.key_size, config.kv_heads * config.key_size
+    d, bias = config.d_model, int(config.bias)
     norm = d * (1 + (bias if config.norm == "layernorm" else 0))
-    attention = d * (q + 2 * kv) + q * d + bias * (q + 2 * kv + d)
+    block = sum(inputs * outputs + bias * outputs for inputs, outputs in config.products.values()) + 2 * norm
     if config.qk_norm:
-        attention += 2 * config.key_size
+        block += 2 * config.key_size
     if config.talking_heads:
-        attention += 2 * config.num_heads**2
-    gates = 2 if config.ffn == "swiglu" else 1
-    mlp = gates * (d * f + bias * f) + f * d + bias * d
+        block += 2 * config.num_heads**2
+    for name, sizes in config.products.items():
+        block += config.lora_rank * sum(sizes) * config.is_low_rank(name)
     e = config.embed_size
-    total = config.vocab_size * e + config.num_layers * (attention + mlp + 2 * norm) + norm
+    total = config.vocab_size * e + config.num_layers * block + norm
     if config.positions == "learned":
         total += config.max_positions * e
     if not config.tie_embeddings:

@@ -27,6 +27,8 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 class Product(nn.Module):
     """x [..., in] @ kernel [in, *out] + bias, with `in_dims` trailing input axes contracted.
 
+    Where the config gives it a low rank (LoRA, Hu et al. 2021), (alpha / rank) x @ A @ B is added, B being 0 at first.
+
     Attributes:
       shape: shape of the kernel, input axes first. `axes`: its logical axes. `in_dims`: number of input axes.
     """
@@ -53,10 +55,23 @@ class Product(nn.Module):
             x = x.reshape((*x.shape[: x.ndim - n], -1))
             kernel = kernel.reshape((-1, *out_shape))
         y = lax.dot_general(x.astype(dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        if config.is_low_rank(self.name):
+            y = y + self._low_rank(x.astype(dtype)).reshape(y.shape)
         if self.bias and config.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[n:]))
             y = y + self.param("bias", zeros, out_shape, config.param_dtype).astype(dtype)
         return y.reshape((*lead, *out_shape))
+
+    def _low_rank(self, x: Array) -> Array:
+        """(alpha / rank) x @ A @ B of x [..., in], its output axes in one."""
+        config, n = self.config, self.in_dims
+        inputs, outputs, rank = tuple(self.shape[:n]), tuple(self.shape[n:]), config.lora_rank
+        normal, zeros = nn.initializers.normal(x.shape[-1] ** -0.5), nn.initializers.zeros
+        partitioned = nn.with_logical_partitioning
+        axes_a, axes_b = (*self.axes[:n], None), (None, *self.axes[n:])
+        a = self.param("lora_a", partitioned(normal, axes_a), (*inputs, rank), config.param_dtype).astype(x.dtype)
+        b = self.param("lora_b", partitioned(zeros, axes_b), (rank, *outputs), config.param_dtype).astype(x.dtype)
+        return (x @ a.reshape(-1, rank)) @ b.reshape(rank, -1) * config.lora_scale
 
 
 def norm(config: ModelConfig, name: str) -> nn.Module:

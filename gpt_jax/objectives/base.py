@@ -29,11 +29,15 @@ REGISTRY: dict[str, str] = {
     "causal_lm": "gpt_jax.objectives.causal_lm:CausalLM",
     "classify": "gpt_jax.objectives.classify:Classify",
     "denoising": "gpt_jax.objectives.denoising:Denoising",
+    "dialogue": "gpt_jax.objectives.dialogue:Dialogue",
     "masked_lm": "gpt_jax.objectives.masked_lm:MaskedLM",
     "mixture": "gpt_jax.objectives.compose:Mixture",
+    "multiple_choice": "gpt_jax.objectives.multiple_choice:MultipleChoice",
     "replaced_token": "gpt_jax.objectives.replaced_token:ReplacedToken",
+    "span_qa": "gpt_jax.objectives.span_qa:SpanQA",
     "sum": "gpt_jax.objectives.compose:Sum",
     "supervised": "gpt_jax.objectives.supervised:Supervised",
+    "tag": "gpt_jax.objectives.tag:Tag",
 }
 
 

@@ -22,10 +22,10 @@ from jax import Array
 from gpt_jax.data.formats import Arrays, Row, TaskInfo
 from gpt_jax.errors import UserError, choose
 from gpt_jax.losses import cross_entropy
-from gpt_jax.model import Mask, Transformer
+from gpt_jax.model import Transformer
 from gpt_jax.model.random import fold_name
 from gpt_jax.objectives.base import Batch, Host, Objective, Params, Setting, check_options
-from gpt_jax.objectives.heads import apply_linear, init_linear
+from gpt_jax.objectives.heads import apply_linear, hidden_states, init_linear
 from gpt_jax.options import option
 
 POOLINGS = ("last", "mean")
@@ -148,11 +148,7 @@ class Classify(Objective):
         return {"label": jnp.argmax(logits, axis=-1), "log_probs": jax.nn.log_softmax(logits)}
 
     def _encode(self, params: Params, batch: Batch, keys: Array | None) -> Array:
-        mask = Mask(self.mask, segments_BxT=batch["segment_ids"])
-        variables = {"params": params["model"]}
-        return self.model.apply(
-            variables, batch["tokens"], mask=mask, positions=batch["positions"], keys=keys, method="encode"
-        )[0]
+        return hidden_states(self.model, params["model"], batch, self.mask, keys)
 
     def _logits(self, params: Params, batch: Batch, hidden_BxTxD: Array, keys: Array | None) -> Array:
         """Logits of every label, those of other tasks hidden. [B, labels] float32."""

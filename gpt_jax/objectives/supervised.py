@@ -11,7 +11,7 @@ both, and pre-training on plain text serves them as it is (Raffel et al. 2020, s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,15 +60,20 @@ class PromptRows:
         target = [*tokenizer.encode(example.target).tolist(), self.eot]
         return [self.row(self.prompt(example, tokenizer), target)]
 
-    def row(self, prompt: list[int], target: list[int]) -> Row:
+    def row(self, prompt: list[int], target: list[int], wanted: Sequence[bool] | None = None) -> Row:
         """Lays a prompt and its target out; what does not fit is cut: the target's end beyond half a row, then the
-        prompt's beginning (but for the EOT)."""
+        prompt's beginning (but for the EOT). `wanted` says which of prompt and target are predicted; None: the target.
+        """
+        whole = len(prompt) + len(target)
+        wanted = np.arange(whole) >= len(prompt) if wanted is None else np.asarray(wanted)
+        first = len(prompt)
         target = target[: max(self.length + 1 - len(prompt), (self.length + 1) // 2)]
         room = self.length + 1 - len(target)
         if len(prompt) > room:
             prompt = [*prompt[:1], *prompt[len(prompt) - room + 1 :]]
+        kept = np.concatenate([wanted[:1], wanted[first - len(prompt) + 1 : first + len(target)]])
         ids = np.array([*prompt, *target], np.int32)
-        predicted = np.arange(1, len(ids)) >= len(prompt)
+        predicted = kept[1:]
         return {
             "tokens": ids[:-1],
             "targets": ids[1:],

@@ -67,6 +67,8 @@ REGISTRY: dict[str, str] = {
     "python_kinds": "gpt_jax.tasks.python_kinds:task",
     "python_identifiers": "gpt_jax.tasks.python_identifiers:task",
     "python_defaults": "gpt_jax.tasks.python_defaults:task",
+    "python_choices": "gpt_jax.tasks.python_choices:task",
+    "python_dialogue": "gpt_jax.tasks.python_dialogue:task",
     # Files of your own, by kind.
     "classification": "gpt_jax.tasks.generic:classification",
     "text_to_text": "gpt_jax.tasks.generic:text_to_text",
