@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import text_batch, tiny
 
+from gpt_jax.data.formats import TaskInfo
 from gpt_jax.objectives.base import REGISTRY, Setting, build_objective
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh
@@ -31,7 +32,7 @@ class Golden:
     Attributes:
       options: the `objective` table of a config. batch: makes the batch, the same at every call.
       expected: the update's metrics, and "next/loss", the loss of the same batch after it.
-      model: overrides of the tiny model. specials: ids of the tokenizer's special tokens.
+      model: overrides of the tiny model. specials: ids of the tokenizer's special tokens. tasks: of the run.
     """
 
     options: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Golden:
     expected: Mapping[str, float]
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     specials: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tasks: tuple[TaskInfo, ...] = ()
 
 
 def documents():
@@ -47,6 +49,29 @@ def documents():
 
 def two_kinds():
     return {"a": text_batch(rows=2, seed=1), "b": text_batch(rows=6, seed=2)}
+
+
+def prompts():
+    """Packed prompts and targets: the first half of every document is its prompt."""
+    batch = documents()
+    longest = np.array([[(row == s).sum() for s in row] for row in batch["segment_ids"]])
+    return batch | {"prefix": (batch["segment_ids"] > 0) & (batch["positions"] < longest // 2)}
+
+
+def labelled():
+    """Eight texts of two tasks with two labels each; one row is padding."""
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(3, 12, 8)[:, None]
+    places = np.broadcast_to(np.arange(12, dtype=np.int32), (8, 12))
+    task = np.arange(8, dtype=np.int32) % 2
+    return {
+        "tokens": rng.integers(0, 37, (8, 12)).astype(np.int32),
+        "segment_ids": (places < lengths).astype(np.int32),
+        "positions": places,
+        "label": (2 * task + rng.integers(0, 2, 8)).astype(np.int32),
+        "task": task,
+        "row_weights": (np.arange(8) < 7).astype(np.float32),
+    }
 
 
 GOLDEN = {
@@ -70,6 +95,28 @@ GOLDEN = {
         {"name": "causal_lm", "reweight": "perplexity"},
         documents,
         {"grad_norm": 1.4778618, "loss": 3.9186869, "loss/lm": 3.9186869, "nll": 3.815439, "next/loss": 3.4633093},
+    ),
+    "supervised": Golden(
+        {"name": "supervised", "mask": "prefix"},
+        prompts,
+        {"grad_norm": 1.3641062, "loss": 3.8324087, "loss/lm": 3.8324087, "nll": 3.8324087, "next/loss": 3.4349141},
+    ),
+    "classify": Golden(
+        {"name": "classify", "coefs": {"classify": 1.0, "lm": 0.5}},
+        labelled,
+        {
+            "accuracy": 0.71428573,
+            "classify_nll": 0.65410489,
+            "grad_norm": 1.7506593,
+            "loss": 2.6218283,
+            "loss/classify": 0.65410489,
+            "loss/lm": 3.935447,
+            "next/loss": 2.27669,
+        },
+        tasks=(
+            TaskInfo(0, "a", ("no", "yes")),
+            TaskInfo(1, "b", ("up", "down"), 2),
+        ),
     ),
     "mixture": Golden(
         {
@@ -110,7 +157,14 @@ GOLDEN = {
 def one_update(golden: Golden) -> dict[str, float]:
     """Metrics of one AdamW update on one device, from the initial parameters moved into general position."""
     batch = golden.batch()
-    setting = Setting(model=tiny(**golden.model), specials=golden.specials, steps=10, batch_size=8, context_length=12)
+    setting = Setting(
+        model=tiny(**golden.model),
+        specials=golden.specials,
+        tasks=golden.tasks,
+        steps=10,
+        batch_size=8,
+        context_length=12,
+    )
     objective = build_objective(golden.options, setting)
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     step = build_train_step(objective, make_optimizer("adamw", 0.01), spec, mesh=make_mesh(devices=jax.devices()[:1]))
