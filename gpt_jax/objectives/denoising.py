@@ -104,13 +104,16 @@ def text_length(denoiser: Denoiser, capacity: int) -> int:
     Raises:
       UserError: not even two tokens fit.
     """
-    if denoiser.mode == "s":
-        length, best = capacity, 0
-    else:
-        length, best = 1, 0
-        while (size := length + 1 + 2 * noise_counts(length + 1, denoiser.mean_span, denoiser.rate)[1] + 2) <= capacity:
-            length, best = length + 1, size
-        length += capacity - best if best else 0  # where one more token would have begun another span
+
+    def spans(length: int) -> int:
+        return noise_counts(length, denoiser.mean_span, denoiser.rate)[1]
+
+    length = capacity
+    if denoiser.mode != "s":
+        length = 2
+        while length + 1 + 2 * spans(length + 1) + 2 <= capacity:
+            length += 1
+        length = capacity - 2 - 2 * spans(length)  # one or two more, where T5 would have begun another span
     if length < 2:
         raise UserError(f"a row of {capacity} tokens is too short to denoise; set a longer context_length.")
     return length
@@ -216,8 +219,9 @@ class Plan:
             noise, spans = _spans_of(denoiser, len(text), self.capacity)
             inputs, outputs = corrupt(text, *draw_spans(rng, len(text), noise, spans), self.sentinels)
             inputs, outputs = np.append(inputs, self.sep), np.append(outputs, self.eot)
-        head = [self.modes[denoiser.mode]] if self.modes else []
-        return self._row(np.concatenate([head, inputs]), outputs, MODES.index(denoiser.mode))
+        if self.modes:
+            inputs = np.append(self.modes[denoiser.mode], inputs)
+        return self._row(inputs, outputs, MODES.index(denoiser.mode))
 
     def _row(self, inputs: np.ndarray, outputs: np.ndarray, mode: int) -> dict[str, np.ndarray]:
         T, both = self.context_length, np.concatenate([inputs, outputs]).astype(np.int32)
