@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import apply_of, params_of, tiny
-from training import rows_of
+from training import first_step, rows_of
 
 from gpt_jax.data.formats import TaskInfo
 from gpt_jax.data.task_rows import EncodedTask
@@ -148,6 +148,12 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_a_role_that_the_task_has_not_is_refused():
     with pytest.raises(UserError, match=r"objective.roles is 'asistant' \(did you mean 'assistant'\?\)"):
         encoded(roles=("asistant",))
+
+
+def test_one_step_is_what_it_was():
+    expected = {"grad_norm": 3.5253036} | dict.fromkeys(("loss", "loss/lm", "nll"), 5.5431247)
+    got = first_step(Dialogue(Transformer(CONFIG)), rows_of(encoded()))
+    assert got == pytest.approx(expected, rel=1e-4), got
 
 
 def test_dialogue_keeps_the_contract():

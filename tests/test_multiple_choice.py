@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import apply_of, params_of, tiny
-from training import rows_of, train
+from training import first_step, rows_of, train
 
 from gpt_jax.data.formats import TaskInfo
 from gpt_jax.data.task_rows import EncodedTask
@@ -110,6 +110,13 @@ def test_32_examples_are_learnt():
     state, _ = train(objective, [batch] * 150, rate=1e-2)
     outputs = jax.device_get(jax.jit(objective.predict)(state.all_params, batch))
     assert rows.task.score(rows.format.predictions(outputs, rows), rows.examples) == {"accuracy": 1.0}
+
+
+def test_one_step_is_what_it_was():
+    expected = {"accuracy": 0.25, "grad_norm": 1.0504756}
+    expected |= dict.fromkeys(("loss", "loss/multiple_choice", "multiple_choice_nll"), 1.0290923)
+    got = first_step(MultipleChoice(Transformer(CONFIG)), rows_of(encoded(), range(8)))
+    assert got == pytest.approx(expected, rel=1e-4), got
 
 
 def test_multiple_choice_keeps_the_contract():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import apply_of, params_of, tiny
-from training import rows_of, train
+from training import first_step, rows_of, train
 
 from gpt_jax.data.formats import TaskInfo
 from gpt_jax.data.sentencepieces import train_sentencepiece
@@ -28,8 +28,8 @@ INFO = TaskInfo(0, "spans")
 TEXT = "A naïve cat — « Félix » — ate 10,000 日本 mice (€5 each) in Zürich; then it slept 🐈 well.\n"
 
 
-def unigram():
-    return train_sentencepiece([TEXT.replace("🐈", "")] * 40, "unigram", 500, SPECIALS)
+def bpe():
+    return train_sentencepiece([TEXT.replace("🐈", "")] * 40, "bpe", 500, SPECIALS)
 
 
 def task_of(examples):
@@ -79,9 +79,9 @@ def minimal_tokens(context, start, end, tokenizer):
     return touched[0], touched[-1]
 
 
-@pytest.mark.parametrize("kind", ["byte", "unigram"])
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_tokens_and_characters_of_any_span_are_those_of_its_bytes(kind):
-    tokenizer = BYTES if kind == "byte" else unigram()
+    tokenizer = BYTES if kind == "byte" else bpe()
     context = encode_context(TEXT, tokenizer)
     spelled = [tokenizer.token_bytes(t) for t in context.ids.tolist()]
     assert kind == "byte" or max(map(len, spelled)) > 3
@@ -116,9 +116,9 @@ def test_windows_cover_the_context_in_order_and_overlap_by_the_stride(stride, le
     assert len(pieces) == 1 or (len(pieces) - 2) * step + room < len(tokens)  # none is superfluous
 
 
-@pytest.mark.parametrize("kind", ["byte", "unigram"])
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_answers_are_recovered_exactly_from_every_window_that_holds_them(kind):
-    tokenizer = BYTES if kind == "byte" else unigram()
+    tokenizer = BYTES if kind == "byte" else bpe()
     words = [word for word in TEXT.replace("(", " ").replace(")", " ").split() if word.isalpha()]
     examples = [Example(w, "who?", TEXT, ((w, TEXT.index(w)),)) for w in words]
     length = 40 if kind == "byte" else 24
@@ -150,7 +150,7 @@ def test_answers_are_recovered_exactly_from_every_window_that_holds_them(kind):
             assert found == TEXT[low:high].strip()
             recovered += found == answer
     assert held > 2 * len(examples)
-    assert recovered == held or (kind == "unigram" and recovered > 0.8 * held)  # a token may reach beyond the answer
+    assert recovered == held or (kind == "bpe" and recovered > 0.8 * held)  # a token may reach beyond the answer
 
 
 def test_of_several_answers_the_first_inside_the_window_is_the_label():
@@ -236,6 +236,14 @@ def test_32_examples_are_learnt_to_the_last_character():
     outputs = jax.device_get(jax.jit(objective.predict)(state.all_params, batch))
     scores = rows.task.score(rows.format.predictions(outputs, rows), rows.examples)
     assert scores == {"exact_match": 100.0, "f1": 100.0}
+
+
+def test_one_step_is_what_it_was():
+    expected = {"span_accuracy": 0.0, "grad_norm": 1.4238995} | dict.fromkeys(
+        ("loss", "loss/span_qa", "span_nll"), 2.3541689
+    )
+    got = first_step(SpanQA(Transformer(CONFIG)), batch_of())
+    assert got == pytest.approx(expected, rel=1e-4), got
 
 
 def test_span_qa_keeps_the_contract():

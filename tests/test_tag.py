@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import apply_of, params_of, tiny
-from training import rows_of, train
+from training import first_step, rows_of, train
 
 from gpt_jax.data.formats import TaskInfo
 from gpt_jax.data.sentencepieces import train_sentencepiece
@@ -73,17 +73,18 @@ def summed(objective, batch):
     return jax.device_get(jax.jit(lambda p, b: objective.loss(p, b, keys, False))(params_for(), prepared))
 
 
-@pytest.mark.parametrize("kind", ["byte", "unigram"])
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_the_first_sub_token_of_each_word_carries_its_tag(kind):
     text = "the cat naïve café says that the cats 日本 say that a café is naïve to the cat\n" * 40
     specials = ["eot"]
-    tokenizer = TOKENIZER if kind == "byte" else train_sentencepiece([text], "unigram", 300, specials)
+    tokenizer = TOKENIZER if kind == "byte" else train_sentencepiece([text], "bpe", 320, specials)
     words = ("the", "cats", "日本", "'s", "naïve", "unknown€", "a", "café")
     task = dataclasses.replace(VOWELS, splits={"train": lambda: [Tagged(words, ("O", "B-V") * 4)]}, labels=("O", "B-V"))
     (piece,) = encoded(task, INFOS[0], tokenizer, length=64).pieces
     heads = np.flatnonzero(piece["target_weights"])
     assert len(heads) == len(words)
     assert tokenizer.decode(piece["tokens"]) == " ".join(words)
+    assert (len(piece["tokens"]) > len(" ".join(words))) == (kind == "byte")
     whole = b"".join(tokenizer.token_bytes(t) for t in piece["tokens"].tolist())
     at = 0
     for word, head in zip(words, heads.tolist(), strict=True):
@@ -153,6 +154,14 @@ def test_32_examples_whose_tags_depend_on_the_right_are_learnt():
     state, _ = train(objective, [batch] * 200, rate=1e-2)
     outputs = jax.device_get(jax.jit(objective.predict)(state.all_params, batch))
     assert rows.task.score(rows.format.predictions(outputs, rows), rows.examples)["accuracy"] > 0.99
+
+
+def test_one_step_is_what_it_was():
+    expected = {"accuracy": 0.5652174, "grad_norm": 1.2070781} | dict.fromkeys(
+        ("loss", "loss/tag", "tag_nll"), 0.6924583
+    )
+    got = first_step(Tag(Transformer(CONFIG), INFOS), batch_of())
+    assert got == pytest.approx(expected, rel=1e-4), got
 
 
 def test_tag_keeps_the_contract():
