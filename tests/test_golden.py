@@ -15,7 +15,8 @@ import pytest
 from helpers import text_batch, tiny
 
 from gpt_jax.data.formats import TaskInfo
-from gpt_jax.objectives.base import REGISTRY, Setting, build_objective
+from gpt_jax.objectives.base import REGISTRY, Host, Setting, build_objective
+from gpt_jax.objectives.denoising import Denoising, special_names
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh
 from gpt_jax.step import build_train_step
@@ -74,6 +75,19 @@ def labelled():
     }
 
 
+SENTINELS = {name: 29 + i for i, name in enumerate(special_names(3, modes=True))}
+DENOISING = {"name": "denoising", "denoisers": (("r", 2, 0.3), ("s", 0, 0.25)), "sentinels": 3}
+
+
+def spans():
+    """Texts with spans cut out or the end cut off, as the data delivers them."""
+    options = {name: value for name, value in DENOISING.items() if name != "name"}
+    made = Denoising.rows(options, Host(SENTINELS, 12))
+    rng = np.random.default_rng(7)
+    rows = [made.make(rng.integers(0, 29, made.raw_length).astype(np.int32), rng) for _ in range(8)]
+    return {name: np.stack([row[name] for row in rows]).astype(kind) for name, kind in made.arrays.items()}
+
+
 GOLDEN = {
     "causal_lm": Golden(
         {"name": "causal_lm"},
@@ -117,6 +131,47 @@ GOLDEN = {
             TaskInfo(0, "a", ("no", "yes")),
             TaskInfo(1, "b", ("up", "down"), 2),
         ),
+    ),
+    "masked_lm": Golden(
+        {"name": "masked_lm"},
+        documents,
+        {
+            "accuracy": 0.1,
+            "grad_norm": 3.1728036,
+            "loss": 3.7802157,
+            "loss/mlm": 3.7802157,
+            "mlm_nll": 3.7802157,
+            "next/loss": 3.5850396,
+        },
+        specials={"eot": 3, "mask": 36},
+    ),
+    "masked_lm, fair, next_masked": Golden(
+        {"name": "masked_lm", "corruption": "fair", "rate": 0.4, "coefs": {"mlm": 1.0, "next_masked": 0.5}},
+        text_batch,
+        {
+            "accuracy": 0,
+            "grad_norm": 3.2416191,
+            "loss": 4.5430412,
+            "loss/mlm": 4.0499859,
+            "loss/next_masked": 0.98611033,
+            "mlm_nll": 4.0499859,
+            "next/loss": 4.0227132,
+        },
+        specials={"eot": 3, "mask": 36},
+    ),
+    "denoising": Golden(
+        DENOISING,
+        spans,
+        {
+            "denoising_nll": 3.54615,
+            "denoising_nll_r": 3.4253531,
+            "denoising_nll_s": 4.2709308,
+            "grad_norm": 5.3484402,
+            "loss": 3.54615,
+            "loss/denoising": 3.54615,
+            "next/loss": 2.847842,
+        },
+        specials=SENTINELS,
     ),
     "mixture": Golden(
         {
