@@ -117,8 +117,16 @@ def _main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv[1:])
     sys.path.insert(0, os.getcwd())  # import paths of a user's own objectives and optimizers
     args = _parser(command).parse_args(rest)
+    quieten_libraries()
     use_compilation_cache()
     return globals()[f"_{command}"](args, overrides)
+
+
+def quieten_libraries() -> None:
+    """Keeps orbax from logging the traceback of a failure that it also raises: we tell it in one line."""
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)
 
 
 def use_compilation_cache() -> None:

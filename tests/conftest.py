@@ -1,12 +1,17 @@
 """Every test runs on eight simulated CPU devices; a mesh over some of `jax.devices()` picks how many it uses."""
 
+import importlib.metadata
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Compiling is most of the suite's time: XLA optimises little, which halves it.
-for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+# Compiling is most of the suite's time: XLA optimises little, which halves it, and fuses the older way, which halves it
+# again (a flag of this version: XLA ends the process that names one it does not know).
+_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+for _flag in _FLAGS:
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 

@@ -15,7 +15,8 @@ import pytest
 from helpers import text_batch, tiny
 
 from gpt_jax.data.formats import TaskInfo
-from gpt_jax.objectives.base import REGISTRY, Setting, build_objective
+from gpt_jax.objectives.base import REGISTRY, Host, Setting, build_objective
+from gpt_jax.objectives.denoising import Denoising, special_names
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh
 from gpt_jax.step import build_train_step
@@ -58,20 +59,64 @@ def prompts():
     return batch | {"prefix": (batch["segment_ids"] > 0) & (batch["positions"] < longest // 2)}
 
 
-def labelled():
-    """Eight texts of two tasks with two labels each; one row is padding."""
+def texts(rows=8):
+    """Texts of 4 to 12 tokens in rows of 12, as the data of a task delivers them; the last row is padding."""
     rng = np.random.default_rng(5)
-    lengths = rng.integers(3, 12, 8)[:, None]
-    places = np.broadcast_to(np.arange(12, dtype=np.int32), (8, 12))
-    task = np.arange(8, dtype=np.int32) % 2
+    places = np.broadcast_to(np.arange(12, dtype=np.int32), (rows, 12))
     return {
-        "tokens": rng.integers(0, 37, (8, 12)).astype(np.int32),
-        "segment_ids": (places < lengths).astype(np.int32),
+        "tokens": rng.integers(0, 37, (rows, 12)).astype(np.int32),
+        "segment_ids": (places < rng.integers(4, 13, (rows, 1))).astype(np.int32),
         "positions": places,
-        "label": (2 * task + rng.integers(0, 2, 8)).astype(np.int32),
-        "task": task,
-        "row_weights": (np.arange(8) < 7).astype(np.float32),
+        "row_weights": (np.arange(rows) < rows - 1).astype(np.float32),
     }
+
+
+def labelled():
+    """Texts of two tasks with two labels each."""
+    task = np.arange(8, dtype=np.int32) % 2
+    label = 2 * task + np.random.default_rng(6).integers(0, 2, 8).astype(np.int32)
+    return texts() | {"label": label, "task": task}
+
+
+def tagged():
+    """Texts of two tasks, every second token the first of a word."""
+    batch = texts()
+    task = np.arange(8, dtype=np.int32) % 2
+    first = batch["segment_ids"] * (batch["positions"] % 2) * batch.pop("row_weights")[:, None]
+    tags = 2 * task[:, None] + np.random.default_rng(6).integers(0, 2, (8, 12))
+    return batch | {"targets": tags.astype(np.int32), "target_weights": first.astype(np.float32), "task": task}
+
+
+def questions():
+    """Texts whose answer is a span of the part that may be pointed at."""
+    batch = texts()
+    start = np.array([2, 1, 3, 2, 1, 2, 3, 1], np.int32)
+    pointable = (batch["segment_ids"] > 0) & (batch["positions"] > 0)
+    return batch | {"pointable": pointable, "start": start, "end": start + np.array([0, 1] * 4, np.int32)}
+
+
+def choices():
+    """Eight questions with three choices of four, two of them where the answer is among the first."""
+    batch = {name: x.reshape(8, 4, 12) for name, x in texts(32).items() if name != "row_weights"}
+    mask = np.ones((8, 4), bool)
+    mask[:, 3] = np.arange(8) % 2
+    answer = np.array([0, 1, 2, 3, 0, 1, 2, 3], np.int32)
+    return batch | {"choice_mask": mask, "answer": answer, "row_weights": np.ones(8, np.float32)}
+
+
+TASKS = (TaskInfo(0, "a", ("no", "yes")), TaskInfo(1, "b", ("up", "down"), 2))
+MASK = {"eot": 3, "mask": 36}
+SENTINELS = {name: 29 + i for i, name in enumerate(special_names(3, modes=True))}
+DENOISING = {"name": "denoising", "denoisers": (("r", 2, 0.3), ("s", 0, 0.25)), "sentinels": 3}
+
+
+def spans():
+    """Texts with spans cut out or the end cut off, as the data delivers them."""
+    options = {name: value for name, value in DENOISING.items() if name != "name"}
+    made = Denoising.rows(options, Host(SENTINELS, 12))
+    rng = np.random.default_rng(7)
+    rows = [made.make(rng.integers(0, 29, made.raw_length).astype(np.int32), rng) for _ in range(8)]
+    return {name: np.stack([row[name] for row in rows]).astype(kind) for name, kind in made.arrays.items()}
 
 
 GOLDEN = {
@@ -105,18 +150,137 @@ GOLDEN = {
         {"name": "classify", "coefs": {"classify": 1.0, "lm": 0.5}},
         labelled,
         {
-            "accuracy": 0.71428573,
-            "classify_nll": 0.65410489,
-            "grad_norm": 1.7506593,
-            "loss": 2.6218283,
-            "loss/classify": 0.65410489,
-            "loss/lm": 3.935447,
-            "next/loss": 2.27669,
+            "accuracy": 0.5714286,
+            "classify_nll": 0.71806085,
+            "grad_norm": 2.1618698,
+            "loss": 2.6500254,
+            "loss/classify": 0.71806085,
+            "loss/lm": 3.8639288,
+            "next/loss": 2.2170489,
         },
-        tasks=(
-            TaskInfo(0, "a", ("no", "yes")),
-            TaskInfo(1, "b", ("up", "down"), 2),
-        ),
+        tasks=TASKS,
+    ),
+    "tag": Golden(
+        {"name": "tag"},
+        tagged,
+        {
+            "accuracy": 0.42857143,
+            "grad_norm": 1.6512505,
+            "loss": 0.74027377,
+            "loss/tag": 0.74027377,
+            "tag_nll": 0.74027377,
+            "next/loss": 0.86327237,
+        },
+        tasks=TASKS,
+    ),
+    "span_qa": Golden(
+        {"name": "span_qa"},
+        questions,
+        {
+            "grad_norm": 2.0721614,
+            "loss": 1.8144391,
+            "loss/span_qa": 1.8144391,
+            "span_accuracy": 0,
+            "span_nll": 1.8144391,
+            "next/loss": 1.4252402,
+        },
+    ),
+    "multiple_choice": Golden(
+        {"name": "multiple_choice"},
+        choices,
+        {
+            "accuracy": 0.125,
+            "grad_norm": 2.6104655,
+            "loss": 1.4438438,
+            "loss/multiple_choice": 1.4438438,
+            "multiple_choice_nll": 1.4438438,
+            "next/loss": 0.92343134,
+        },
+    ),
+    "dialogue": Golden(
+        {"name": "dialogue"},
+        prompts,
+        {"grad_norm": 1.3119349, "loss": 3.815439, "loss/lm": 3.815439, "nll": 3.815439, "next/loss": 3.4128561},
+    ),
+    "replaced_token": Golden(
+        {"name": "replaced_token"},
+        documents,
+        {
+            "accuracy": 0,
+            "fake_rate": 0.1923077,
+            "grad_norm": 38.986115,
+            "loss": 37.910934,
+            "loss/mlm": 4.0205417,
+            "loss/rtd": 0.67780787,
+            "mlm_nll": 4.0205417,
+            "rtd_accuracy": 0.65384614,
+            "rtd_precision": 0.30000001,
+            "rtd_recall": 0.60000002,
+            "next/loss": 34.204548,
+        },
+        model={"dropout": 0.2},
+        specials=MASK,
+    ),
+    "replaced_token, edit": Golden(
+        {"name": "replaced_token", "rate": 0.4, "coefs": {"mlm": 1.0, "rtd": 50.0, "edit": 0.5}, "edit_after": 0.0},
+        text_batch,
+        {
+            "accuracy": 0,
+            "edit_distance": 1,
+            "fake_rate": 0.34615386,
+            "grad_norm": 15.562066,
+            "loss": 38.545151,
+            "loss/edit": 0.97756839,
+            "loss/mlm": 4.0042109,
+            "loss/rtd": 0.68104309,
+            "mlm_nll": 4.0042109,
+            "rtd_accuracy": 0.69230771,
+            "rtd_precision": 0.66666669,
+            "rtd_recall": 0.22222222,
+            "next/loss": 37.070984,
+        },
+        specials=MASK,
+    ),
+    "masked_lm": Golden(
+        {"name": "masked_lm"},
+        documents,
+        {
+            "accuracy": 0.1,
+            "grad_norm": 3.1728036,
+            "loss": 3.7802157,
+            "loss/mlm": 3.7802157,
+            "mlm_nll": 3.7802157,
+            "next/loss": 3.5850396,
+        },
+        specials=MASK,
+    ),
+    "masked_lm, fair, next_masked": Golden(
+        {"name": "masked_lm", "corruption": "fair", "rate": 0.4, "coefs": {"mlm": 1.0, "next_masked": 0.5}},
+        text_batch,
+        {
+            "accuracy": 0,
+            "grad_norm": 3.2416191,
+            "loss": 4.5430412,
+            "loss/mlm": 4.0499859,
+            "loss/next_masked": 0.98611033,
+            "mlm_nll": 4.0499859,
+            "next/loss": 4.0227132,
+        },
+        specials=MASK,
+    ),
+    "denoising": Golden(
+        DENOISING,
+        spans,
+        {
+            "denoising_nll": 3.54615,
+            "denoising_nll_r": 3.4253531,
+            "denoising_nll_s": 4.2709308,
+            "grad_norm": 5.3484402,
+            "loss": 3.54615,
+            "loss/denoising": 3.54615,
+            "next/loss": 2.847842,
+        },
+        specials=SENTINELS,
     ),
     "mixture": Golden(
         {

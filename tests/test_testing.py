@@ -47,7 +47,11 @@ def test_a_users_objective_that_keeps_the_contract_passes():
 
 @pytest.mark.parametrize(
     "options",
-    [dict(z_loss=1e-3, label_smoothing=0.1, loss_chunk=16), dict(reweight="perplexity"), dict(reweight="excess")],
+    [
+        dict(z_loss=1e-3, label_smoothing=0.1, loss_chunk=16),
+        dict(reweight="perplexity"),
+        pytest.param(dict(reweight="excess"), marks=pytest.mark.slow),
+    ],
     ids=["plain", "perplexity", "excess"],
 )
 def test_causal_lm_keeps_the_contract(options):
