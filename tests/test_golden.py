@@ -74,6 +74,8 @@ def labelled():
     }
 
 
+SPECIALS = {"eot": 3, "mask": 36}
+
 GOLDEN = {
     "causal_lm": Golden(
         {"name": "causal_lm"},
@@ -118,6 +120,55 @@ GOLDEN = {
             TaskInfo(1, "b", ("up", "down"), 2),
         ),
     ),
+    "masked_lm": Golden(
+        {"name": "masked_lm", "rate": 0.3},
+        text_batch,
+        {
+            "accuracy": 0,
+            "grad_norm": 2.4650991,
+            "loss": 3.9134014,
+            "loss/mlm": 3.9134014,
+            "mlm_nll": 3.9134014,
+            "next/loss": 3.2279577,
+        },
+        specials=SPECIALS,
+    ),
+    "masked_lm, spans, every term": Golden(
+        {
+            "name": "masked_lm",
+            "rate": 0.5,
+            "select": "spans",
+            "coefs": {"mlm": 1.0, "next_masked": 0.5, "edit": 0.1},
+            "edit_after": 0.0,
+        },
+        documents,
+        {
+            "accuracy": 0.074074075,
+            "edit_distance": 0.85416669,
+            "grad_norm": 2.400269,
+            "loss": 4.2764258,
+            "loss/edit": 0.96026218,
+            "loss/mlm": 3.853766,
+            "loss/next_masked": 0.65326715,
+            "mlm_nll": 3.853766,
+            "next/loss": 4.171659,
+        },
+        model={"dropout": 0.2},
+        specials=SPECIALS,
+    ),
+    "masked_lm, fair": Golden(
+        {"name": "masked_lm", "rate": 0.5, "corruption": "fair"},
+        text_batch,
+        {
+            "accuracy": 0,
+            "grad_norm": 2.6105914,
+            "loss": 4.0247655,
+            "loss/mlm": 4.0247655,
+            "mlm_nll": 4.0247655,
+            "next/loss": 3.4891469,
+        },
+        specials=SPECIALS,
+    ),
     "mixture": Golden(
         {
             "name": "mixture",
@@ -134,6 +185,25 @@ GOLDEN = {
             "next/loss": 5.3545904,
         },
         model={"dropout": 0.2},
+    ),
+    "replaced_token": Golden(
+        {"name": "replaced_token", "rate": 0.3},
+        documents,
+        {
+            "accuracy": 0,
+            "fake_rate": 0.30769232,
+            "grad_norm": 25.190351,
+            "loss": 37.622292,
+            "loss/mlm": 4.0300469,
+            "loss/rtd": 0.67184484,
+            "mlm_nll": 4.0300469,
+            "rtd_accuracy": 0.69230771,
+            "rtd_precision": 0.5,
+            "rtd_recall": 0.625,
+            "next/loss": 36.757099,
+        },
+        model={"dropout": 0.2},
+        specials=SPECIALS,
     ),
     "sum": Golden(
         {
