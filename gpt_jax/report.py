@@ -140,7 +140,9 @@ def evaluation_table(evaluation: Mapping[str, float], baselines: Mapping[str, fl
     """
     table: dict[str, dict[str, float]] = {}
     for name, value in evaluation.items():
-        source, _, metric = name.rpartition("/")
+        parts = name.split("/")
+        cut = parts.index("loss") if "loss" in parts else len(parts) - 1  # loss/<term> is a metric
+        source, metric = "/".join(parts[:cut]), "/".join(parts[cut:])
         if isinstance(value, int | float):
             table.setdefault(source or "this model", {})[metric] = value
     metrics = list(dict.fromkeys(m for row in table.values() for m in row))

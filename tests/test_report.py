@@ -123,3 +123,20 @@ def test_a_folder_that_is_no_run_is_a_sentence(tmp_path):
 
 def test_evaluation_table_is_empty_without_values():
     assert evaluation_table({}, {}) == ""
+
+
+def test_the_terms_of_a_loss_are_columns_beside_it():
+    values = {"loss/mlm": 5.0, "loss/rtd": 0.25, "loss": 17.5, "novels/loss/mlm": 4.0, "novels/loss": 14.0}
+    header, _, whole, novels = evaluation_table(values, {}).splitlines()
+    assert header == "| | loss/mlm | loss/rtd | loss |"
+    assert whole == "| this model | 5.0000 | 0.2500 | 17.5000 |"
+    assert novels == "| novels | 4.0000 |  | 14.0000 |"
+
+
+def test_a_loss_of_several_terms_has_no_unit(run):
+    path, _ = run
+    rows = (path / "metrics.jsonl").read_text().splitlines()
+    terms = rows[-1].replace("{", '{"train/loss/mlm": 1.0, "train/loss/rtd": 0.5, ')
+    (path / "metrics.jsonl").write_text("\n".join([*rows[:-1], terms]) + "\n")
+    text = write_report(path).read_text()
+    assert "Least validation loss 1.5000 at step 30" in text and "nats per token" not in text
