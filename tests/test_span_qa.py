@@ -29,7 +29,7 @@ TEXT = "A naïve cat — « Félix » — ate 10,000 日本 mice (€5 each) in 
 
 
 def bpe():
-    return train_sentencepiece([TEXT.replace("🐈", "")] * 40, "bpe", 500, SPECIALS)
+    return train_sentencepiece([TEXT.replace("🐈", "")] * 40, "bpe", 330, SPECIALS)
 
 
 def task_of(examples):
