@@ -28,6 +28,8 @@ ensure_venv() {
     touch "$stamp"
   fi
   export PATH="$root/.venv/bin:$PATH"
-  # Huge pages for large allocations: 1.1 to 1.2 times faster training on CPU (read by glibc when a process starts).
-  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+  # Faster training on CPU (docs/RESULTS.md): huge pages, and freed memory is kept for the next step. glibc reads this
+  # when a process starts.
+  local malloc="glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-$malloc}"
 }

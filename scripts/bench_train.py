@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import importlib.util
 import json
 import math
@@ -30,11 +29,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# As in scripts/_venv.sh: huge pages, and freed memory is kept for the next step.
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Workload:
 
 
 WORKLOADS = {
-    "W1": Workload(layers=6, heads=6, d_model=384, context=256, vocab=65, batch=12, steps=4),
-    "W2": Workload(layers=4, heads=4, d_model=128, context=64, vocab=65, batch=12, steps=60),
+    "W1": Workload(layers=6, heads=6, d_model=384, context=256, vocab=65, batch=12, steps=3),
+    "W2": Workload(layers=4, heads=4, d_model=128, context=64, vocab=65, batch=12, steps=40),
     "W3": Workload(layers=12, heads=12, d_model=768, context=256, vocab=50304, batch=4, steps=1),
 }
 TINY = Workload(layers=2, heads=2, d_model=32, context=16, vocab=65, batch=4, steps=3)  # --quick
 
-# name -> (worker, variant, GLIBC_TUNABLES): each implementation in its best environment.
-OURS = {"ours": ("jax", "", HUGE_PAGES), "ours (small pages)": ("jax", "", "")}
+# name -> (worker, variant, GLIBC_TUNABLES)
+OURS = {"ours": ("jax", "", MALLOC), "ours (small pages)": ("jax", "", "")}
 PEERS = {
     "torch eager": ("torch", "", ""),
     "torch eager + fused AdamW": ("torch", "fused", ""),
@@ -104,16 +104,7 @@ def jax_worker(w: Workload, variant: str, started: float, model_options: dict[st
     import jax
     import numpy as np
 
-    try:
-        from gpt_jax.data import Loader
-    except ImportError:
-
-        def Loader(source, shardings, start, stop, prefetch=2):
-            import itertools
-
-            for i in itertools.count(start):
-                yield i, jax.tree.map(jax.device_put, source.rows(i, slice(None)), shardings)
-
+    from gpt_jax.data import Loader
     from gpt_jax.model import ModelConfig, Transformer
     from gpt_jax.objectives.causal_lm import CausalLM
     from gpt_jax.optim import make_optimizer, make_schedule
@@ -360,17 +351,6 @@ def interval(ratios: list[float], draws: int = 4000) -> tuple[float, float]:
     return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
 
 
-@contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Holds a file's lock, so that others on a shared machine can wait for their turn; '' is no lock."""
-    if not path:
-        yield
-        return
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def measure(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
     """Starts every implementation of a workload, runs the rounds, and returns its numbers."""
     w = workload_of(name, args.quick)
@@ -383,12 +363,9 @@ def measure(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> 
     common = dict(cores=args.cores, model_options=args.model_options)
     first: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as cache:
-        for label, folder in (("cold", ""), ("fill", cache), ("cached", cache)):
-            if args.quick and label == "fill":
-                continue
-            with locked(args.lock):
-                worker = Worker("ours", quick_name(name, args.quick), *OURS["ours"], cache=folder, **common)
-                worker.close()
+        for label in ("cold", "cached"):  # the first finds an empty cache and fills it, as a first `gpt-jax train` does
+            worker = Worker("ours", quick_name(name, args.quick), *OURS["ours"], cache=cache, **common)
+            worker.close()
             first[label] = worker.ready["first_step"]
     log(f"{name}: process start to first step {first['cold']:.1f} s cold, {first['cached']:.1f} s with a cache")
     workers: dict[str, Worker] = {}
@@ -396,16 +373,14 @@ def measure(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> 
     try:
         for label, (kind, variant, tunables) in wanted.items():
             python = args.peer_python if kind == "torch" else sys.executable
-            with locked(args.lock):
-                workers[label] = Worker(
-                    label, quick_name(name, args.quick), kind, variant, tunables, python=python, **common
-                )
+            workers[label] = Worker(
+                label, quick_name(name, args.quick), kind, variant, tunables, python=python, **common
+            )
             log(f"{name}: {label} is ready after {workers[label].ready['first_step']:.1f} s")
         labels = list(workers)
         for i in range(rounds):
-            with locked(args.lock):
-                for label in labels[i % len(labels) :] + labels[: i % len(labels)]:
-                    blocks[label].append(workers[label].block(steps))
+            for label in labels[i % len(labels) :] + labels[: i % len(labels)]:
+                blocks[label].append(workers[label].block(steps))
             rates = ", ".join(f"{k} {w.tokens * steps / v[-1]['seconds']:,.0f}" for k, v in blocks.items())
             log(f"{name}: round {i + 1} of {rounds}, tokens/s: {rates}")
     finally:
@@ -432,7 +407,7 @@ def summarise(w: Workload, steps: int, first: dict, workers: dict, blocks: dict)
         "peak_gflops": round(peak / 1e9, 1),
         "mfu": {k: round(v * w.flops_per_token / peak, 4) for k, v in speed.items()},
         "memory_gb": {k: round(v, 2) for k, v in memory.items()},
-        "first_step_s": {k: round(v, 2) for k, v in first.items() if k != "fill"},
+        "first_step_s": {k: round(v, 2) for k, v in first.items()},
         "ratio": {},
     }
     peers = [k for k in blocks if k in PEERS]
@@ -509,12 +484,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--workloads", default="W1,W2,W3", help="comma-separated, of W1, W2, W3")
     add("--peer", action="store_true", help="measure PyTorch beside ours")
     add("--peer-python", default=sys.executable, help="interpreter that has torch (default: this one)")
-    add("--blocks", type=int, default=9, help="rounds; each runs one block of every implementation (default 9)")
+    add("--blocks", type=int, default=7, help="rounds; each runs one block of every implementation (default 7)")
     add("--steps", type=int, default=0, help="steps in a block (default: by workload, a few seconds)")
     add("--only", default="", help="comma-separated subset of the implementations, by their names in the table")
     add("--cores", default="", help="cores to pin every process to, e.g. 0,1 (default: the first two allowed)")
     add("--quick", action="store_true", help="tiny model, two rounds, ours and PyTorch eager: tests this script only")
-    add("--lock", default="", help="file to lock around starts and rounds, on a machine shared with others")
     add("--model-options", default="{}", help="JSON of ModelConfig fields to try on ours, e.g. '{\"unroll\": 1}'")
     for name in ("--worker", "--variant"):
         add(name, default="", help=argparse.SUPPRESS)

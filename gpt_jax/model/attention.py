@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from gpt_jax.errors import UserError, choose
+from gpt_jax.model.derivatives import score, softmax
 from gpt_jax.model.positions import alibi_slopes
 from gpt_jax.model.random import dropout
 
@@ -74,12 +75,12 @@ def attend(
         return _attend_block(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, 0, 0, mask, variant)
     block = max(block, -(-T // 64))  # at most 64 blocks to compile
     outputs = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        low, high = _visible(start, end, T, mask, variant)
+    starts = range(0, T, block)
+    for start, q in zip(starts, lax.split(q_BxTxHxK, [min(block, T - s) for s in starts], axis=1), strict=True):
+        low, high = _visible(start, start + q.shape[1], T, mask, variant)
         outputs.append(
             _attend_block(
-                q_BxTxHxK[:, start:end],
+                q,
                 k_BxTxGxK[:, low:high],
                 v_BxTxGxK[:, low:high],
                 start,
@@ -157,11 +158,12 @@ def _softmax_attend(q, k, v, allowed, distance, variant: Variant, block_id: int)
     """q [B,T,H,K], k and v [B,S,G,K], allowed and distance broadcastable to [B,T,S] or None -> [B,T,H,K]."""
     B, T, H, K = q.shape
     G = k.shape[2]
+    # Heads first, and products in this order: what is transposed then is queries, keys and values, never [T, S].
     q = (q * jnp.asarray(1.0 / math.sqrt(K), q.dtype)).reshape(B, T, G, H // G, K)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
-    weights = _weigh(scores, allowed, distance, variant, block_id)
-    out = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v)
-    return out.reshape(B, T, H, K)
+    q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK = jnp.transpose(q, (0, 2, 3, 1, 4)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    weights = _weigh(score(q_BxGxRxTxK, k_BxGxSxK), allowed, distance, variant, block_id)
+    out_BxGxRxTxK = lax.dot_general(weights.astype(v.dtype), v_BxGxSxK, (((4,), (2,)), ((0, 1), (0, 1))))
+    return jnp.transpose(out_BxGxRxTxK, (0, 3, 1, 2, 4)).reshape(B, T, H, K)
 
 
 def _weigh(scores: Array, allowed, distance, variant: Variant, block_id: int) -> Array:
@@ -176,7 +178,7 @@ def _weigh(scores: Array, allowed, distance, variant: Variant, block_id: int) ->
         scores = _mix(scores, variant.mix_scores_HxH)
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = softmax(scores)
     if variant.mix_weights_HxH is not None:
         weights = _mix(weights, variant.mix_weights_HxH)
     if variant.keys_B is not None:

@@ -16,6 +16,7 @@ from jax import Array, lax
 from gpt_jax.model.attention import Mask, Variant, attend, attend_cache
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
+from gpt_jax.model.derivatives import add_bias, gelu_tanh, multiply, normalize
 from gpt_jax.model.positions import rotate
 from gpt_jax.model.random import dropout, fold_name
 
@@ -54,12 +55,12 @@ class Product(nn.Module):
         if n > 1:  # merge the input axes, e.g. heads x head_dim
             x = x.reshape((*x.shape[: x.ndim - n], -1))
             kernel = kernel.reshape((-1, *out_shape))
-        y = lax.dot_general(x.astype(dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = multiply(x.astype(dtype), kernel)
         if config.is_low_rank(self.name):
             y = y + self._low_rank(x.astype(dtype)).reshape(y.shape)
         if self.bias and config.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[n:]))
-            y = y + self.param("bias", zeros, out_shape, config.param_dtype).astype(dtype)
+            y = add_bias(y, self.param("bias", zeros, out_shape, config.param_dtype))
         return y.reshape((*lead, *out_shape))
 
     def _low_rank(self, x: Array) -> Array:
@@ -74,14 +75,22 @@ class Product(nn.Module):
         return (x @ a.reshape(-1, rank)) @ b.reshape(rank, -1) * config.lora_scale
 
 
-def norm(config: ModelConfig, name: str) -> nn.Module:
-    """LayerNorm or RMSNorm over the last axis, in float32 inside, named `name`."""
-    ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
-    kwargs = dict(epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, scale_init=ones)
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(name=name, **kwargs)
-    return nn.LayerNorm(name=name, use_bias=config.bias, bias_init=zeros, **kwargs)
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, in float32 inside."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, bias = self.config, None
+        center = config.norm == "layernorm"
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", ones, x.shape[-1:], config.param_dtype)
+        if center and config.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+            bias = self.param("bias", zeros, x.shape[-1:], config.param_dtype)
+        rows = x.reshape(-1, x.shape[-1]) if config.flatten else x
+        return normalize(rows, scale, bias, config.norm_eps, center).astype(compute_dtype(config)).reshape(x.shape)
 
 
 def residual_std(config: ModelConfig) -> float:
@@ -90,7 +99,7 @@ def residual_std(config: ModelConfig) -> float:
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_tanh": gelu_tanh,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu_tanh": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
@@ -166,7 +175,7 @@ class Attention(nn.Module):
         if G == H:
             axes = ("embed", None, "heads", "head_dim")
             qkv = Product(config, (D, 3, H, K), axes, std=std, name="qkv")(x)
-            return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+            return tuple(jnp.squeeze(part, -3) for part in lax.split(qkv, (1, 1, 1), axis=qkv.ndim - 3))
         q = Product(config, (D, H, K), ("embed", "heads", "head_dim"), std=std, name="q")(x)
         kv = Product(config, (D, 2, G, K), ("embed", None, "kv_heads", "head_dim"), std=std, name="kv")(x)
         return q, kv[..., 0, :, :], kv[..., 1, :, :]
@@ -218,10 +227,10 @@ class Block(nn.Module):
         if keys_B is not None:
             keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys_B)
         h, cache = Attention(config, self.kind, name="attention")(
-            norm(config, "attention_norm")(x_BxTxD), layer, positions, mask, cache, keys_B
+            Norm(config, name="attention_norm")(x_BxTxD), layer, positions, mask, cache, keys_B
         )
         x_BxTxD = x_BxTxD + self._drop(h, keys_B, "attention_out")
-        h = MLP(config, name="mlp")(norm(config, "mlp_norm")(x_BxTxD))
+        h = MLP(config, name="mlp")(Norm(config, name="mlp_norm")(x_BxTxD))
         return x_BxTxD + self._drop(h, keys_B, "mlp_out"), cache
 
     def _drop(self, h: Array, keys_B: Array | None, name: str) -> Array:

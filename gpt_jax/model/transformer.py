@@ -22,7 +22,8 @@ from gpt_jax.model.attention import HIDDEN, Mask
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
 from gpt_jax.model.decoding import blocks_of
-from gpt_jax.model.layers import Block, Product, norm
+from gpt_jax.model.derivatives import add_bias
+from gpt_jax.model.layers import Block, Norm, Product
 from gpt_jax.model.random import dropout, fold_name
 
 
@@ -109,10 +110,11 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=repetitions,
-            unroll=config.unroll or repetitions,
+            # Drawing weights in a loop is a small program, and gives the same ones.
+            unroll=1 if self.is_initializing() else config.unroll or repetitions,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)
-        self.final_norm = norm(config, "final_norm")
+        self.final_norm = Norm(config)
 
     def __call__(
         self,
@@ -160,7 +162,7 @@ class Transformer(nn.Module):
         x = jnp.take(self.embedding.astype(config.dtype), tokens, axis=0)
         if config.positions == "learned":
             table = self.position_embedding.astype(config.dtype)
-            x = x + (table[:T] if contiguous else jnp.take(table, positions, axis=0, mode="clip"))
+            x = add_bias(x, table[:T]) if contiguous else x + jnp.take(table, positions, axis=0, mode="clip")
         if config.embed_size != config.d_model:
             x = self.embedding_in(x)
         if config.dropout and keys is not None:
