@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import optax
 from flax import linen as nn
 from flax import struct
@@ -36,10 +37,10 @@ from gpt_jax.sharding import (
     unbox,
 )
 
-# By platform. On CPU Eigen's products are faster than those of YNNPACK, jaxlib's default (an empty list is none), and
-# what runs once, the drawing of the weights, takes longer to optimise than to run. Measured in docs/LOG.md.
-_UPDATE_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
-_INIT_OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}}
+# On CPU Eigen's products are faster than those of YNNPACK, jaxlib 0.10's default (an empty list is none), and what runs
+# once, the drawing of the weights, takes longer to optimise than to run. Measured in docs/LOG.md.
+_UPDATE_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_INIT_OPTIONS = {"xla_backend_optimization_level": 1}
 
 EVALUATION = 0x7FFFFFFF  # stands where the step does in the row keys of an evaluation
 
@@ -423,7 +424,7 @@ def build_train_step(
         in_shardings=(placed, placed_batch),
         out_shardings=(placed, replicated),
         donate_argnums=(0,),
-        compiler_options=_UPDATE_OPTIONS.get(platform),
+        compiler_options=_on_cpu(_UPDATE_OPTIONS, platform),
     )
     return TrainStep(
         objective=objective,
@@ -435,8 +436,13 @@ def build_train_step(
         batch_spec=batch_spec,
         batch_shardings=placed_batch,
         jitted=jitted,
-        init_jitted=jax.jit(init, out_shardings=placed, compiler_options=_INIT_OPTIONS.get(platform)),
+        init_jitted=jax.jit(init, out_shardings=placed, compiler_options=_on_cpu(_INIT_OPTIONS, platform)),
     )
+
+
+def _on_cpu(options: dict[str, Any], platform: str) -> dict[str, Any] | None:
+    """Compiler options for a CPU, None elsewhere: experimental ones, that another jaxlib may refuse to know."""
+    return options if platform == "cpu" and jaxlib.version.__version__.startswith("0.10.") else None
 
 
 def _one_row(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
