@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{page}.md" for page in ("objective", "data", "resume", "tasks", "finetune"))]
 TINY = [
     *("--config.model.num_layers=1", "--config.model.d_model=32", "--config.model.num_heads=2"),
-    *("--config.batch_size=8", "--config.context_length=32", "--config.data.tokenizer.vocab_size=400"),
+    *("--config.batch_size=16", "--config.context_length=32", "--config.data.tokenizer.vocab_size=400"),
     *("--config.eval.max_batches=2", "--config.sample.max_tokens=4", "--config.log.tensorboard=False"),
 ]
 FENCE = re.compile(r"^```(python|bash)([^\n]*)\n(.*?)^```", re.M | re.S)
@@ -78,5 +78,5 @@ def test_every_command_and_snippet_runs(page, tmp_path):
 
 def test_shrinking_keeps_a_commands_own_flags():
     command = shrink("gpt-jax train --config=quickstart --config.batch_size=4")
-    assert "--config.batch_size=4" in command and "--config.batch_size=8" not in command
+    assert "--config.batch_size=4" in command and "--config.batch_size=16" not in command
     assert "--config.steps=4" in command

@@ -518,7 +518,7 @@ def test_every_variant_keeps_the_contract(name):
 @pytest.mark.parametrize("config", ["masked_lm", "replaced_token"])
 def test_a_run_is_evaluated_alike_twice_has_no_perplexity_and_writes_no_samples(config, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(f"the {i}th line of a text, not the {i + 1}th" for i in range(400)))
-    tiny_flags = ["--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.num_heads=2"]
+    tiny_flags = ["--config.model.num_layers=1", "--config.model.d_model=32", "--config.model.num_heads=2"]
     data_flags = [f"--config.data.path={tmp_path}/text.txt", "--config.data.tokenizer.kind=byte"]
     data_flags += [
         "--config.batch_size=8",
