@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$(date +%s)
 source scripts/_venv.sh
-ensure_venv
+ensure_venv tasks
 workdir="${WORKDIR:-runs/quickstart}"
 summary="$(gpt-jax train --config=quickstart --workdir="$workdir" "$@" | tee >(cat >&2) | tail -n 1)"
 gpt-jax sample --workdir="$workdir" --prompt "The " --max-tokens 100 --seed 1 >&2

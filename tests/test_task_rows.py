@@ -1,6 +1,7 @@
 """From tasks to batches: rates, packing, what is delivered when, and sub-batches of a mixture."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -182,6 +183,13 @@ def test_what_does_not_go_together_is_said_in_a_line(config, rows, message, tmp_
         return
     with pytest.raises(UserError, match=message):
         prepared(config, rows, tmp_path)
+
+
+def test_a_missing_library_of_a_metric_is_said_before_the_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    toy_tasks.scored = lambda: dataclasses.replace(toy_tasks.reverse(), metrics=("exact_match", "bleu"))
+    with pytest.raises(UserError, match="needs the extra 'tasks'"):
+        load_tasks(("toy_tasks:scored",), "text_to_text", "")
 
 
 def test_malformed_examples_are_counted_where_they_are_skipped(tmp_path):

@@ -16,6 +16,7 @@ from gpt_jax.data.rows import Rows, best_fit
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError, choose
 from gpt_jax.tasks import Task, load_task
+from gpt_jax.tasks.metrics import require
 
 Log = Callable[[str], None]
 RATES = ("proportional", "equal")
@@ -94,6 +95,7 @@ def load_tasks(specs: Sequence[Any], kind: str, what: str) -> tuple[list[Task], 
         task = load_task(spec)
         if task.kind != kind:
             raise UserError(f"task {task.name} is of kind {task.kind!r}; the objective{what} takes {kind!r}.")
+        require(task.metrics)
         if kind in ("classify", "tag") and not task.labels:
             raise UserError(f"task {task.name} declares no labels; the objective{what} has an output for each.")
         tasks.append(task)

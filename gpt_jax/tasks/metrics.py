@@ -200,6 +200,22 @@ def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 # The libraries.
 
 
+# What metrics need of the extra `tasks`.
+LIBRARIES = {
+    **dict.fromkeys(("macro_f1", "micro_f1", "mcc"), "sklearn.metrics"),
+    **dict.fromkeys(("entity_f1", "entity_precision", "entity_recall"), "seqeval.metrics"),
+    **dict.fromkeys(("bleu", "chrf"), "sacrebleu"),
+    **dict.fromkeys(("rouge1", "rouge2", "rougeL"), "rouge_score.rouge_scorer"),
+}
+
+
+def require(metrics: Sequence[str]) -> None:
+    """Raises UserError if a library of these metrics is not installed: before a run, not at its end."""
+    for name in metrics:
+        if name in LIBRARIES:
+            _library(LIBRARIES[name])
+
+
 def _library(name: str) -> Any:
     try:
         with warnings.catch_warnings():
