@@ -88,6 +88,8 @@ def test_predictions_are_names_of_the_tasks_own_labels():
     rows = Classify.rows({}, Host(TOKENIZER.specials, 24, 8))
     for number, (task, info) in enumerate(zip(TASKS, INFOS, strict=True)):
         encoded = EncodedTask(task, info, task.examples("train")[:4], rows, TOKENIZER, 24)
+        own = labels[4 * number : 4 * number + 4] - info.first_label
+        assert (own >= 0).all() and (own < len(info.labels)).all()
         names = rows.predictions({"label": labels[4 * number : 4 * number + 4]}, encoded)
         assert set(names) <= set(task.labels)
 
