@@ -8,6 +8,7 @@ A mistake of the user is one line on stderr and exit code 1, never a traceback; 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -22,6 +23,11 @@ COMMANDS = {
     "train": "pre-train, fine-tune: whatever objective the config names",
     "eval": "loss, perplexity and bits per byte over the whole validation split",
     "sample": "generate text from a run",
+}
+
+# Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
+_MODULES = {
+    "sample": "gpt_jax.sample",
 }
 
 
@@ -59,10 +65,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--weights", default="auto", help="raw | ema | average | auto")
         parser.add_argument("--max-batches", type=int, default=0, help="0 evaluates the whole split")
         parser.add_argument("--max-generated", type=int, default=0, help="task examples generated for; 0 is all")
-    if command == "sample":
-        from gpt_jax import sample
-
-        sample.add_arguments(parser)
+    if command in _MODULES:
+        importlib.import_module(_MODULES[command]).add_arguments(parser)
     return parser
 
 
@@ -119,6 +123,8 @@ def _main(argv: list[str]) -> int:
     args = _parser(command).parse_args(rest)
     quieten_libraries()
     use_compilation_cache()
+    if command in _MODULES:
+        return importlib.import_module(_MODULES[command]).main(args, overrides)
     return globals()[f"_{command}"](args, overrides)
 
 
@@ -192,14 +198,6 @@ def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     for name, value in values.items():
         print(f"{name.ljust(32)} {value:.6g}")
     return _print_json({"workdir": args.workdir, "step": step, **values})
-
-
-def _sample(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from gpt_jax import sample
-
-    if overrides:
-        raise UserError(f"sample takes no --config.{next(iter(overrides))}: the run's own config is used.")
-    return sample.main(args) or 0
 
 
 def _print_json(result: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from gpt_jax.errors import UserError
@@ -39,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line with the texts, nothing else")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
+    if overrides:
+        raise UserError(f"sample takes no --config.{next(iter(overrides))}: the run's own config is used.")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     if args.num_samples < 1:
         raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1.")
