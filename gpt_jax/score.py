@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os.path
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -43,7 +43,7 @@ class Score:
 
     Attributes:
       logprobs: log-probability of each of its tokens, nats. greedy: whether each is the most likely one.
-      bytes: of its text, for the normalisation; 0 where only ids are known.
+      bytes: of its text without leading white space, for the normalisation; 0 where only ids are known.
     """
 
     logprobs: np.ndarray
@@ -89,7 +89,8 @@ def split_pair(tokenizer: Any, context: str, continuation: str, boundary: str = 
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     alone, whole = tokenizer.encode(stripped).tolist(), tokenizer.encode(stripped + continuation).tolist()
-    common = len(os.path.commonprefix([alone, whole[:-1]]))  # at least one token is scored
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole[:-1], strict=False))
+    common = sum(1 for _ in shared)  # never all of them: at least one token is scored
     return whole[:common], whole[common:]
 
 
@@ -168,7 +169,7 @@ class Scorer:
         ids = [split_pair(self.tokenizer, *pair, boundary=self.boundary) for pair in pairs]
         begin = [] if self.eot is None else [self.eot]
         scores = self.score_ids([(begin + context, continuation) for context, continuation in ids])
-        sizes = [len(continuation.encode("utf-8")) for _, continuation in pairs]
+        sizes = [len(continuation.lstrip().encode("utf-8")) for _, continuation in pairs]
         return [dataclasses.replace(score, bytes=size) for score, size in zip(scores, sizes, strict=True)]
 
     def rolling(self, texts: Iterable[str], stride: int = 0) -> list[Score]:
