@@ -26,12 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--boundary", default="joint", help="how context and continuation are encoded: joint | separate")
     tasks.add_argument("--overflow", default="left", help="a context too long is cut on the left | is an error")
     tasks.add_argument("--beams", type=int, default=1, help="answers that are generated: beams; 1 is greedy")
+    tasks.add_argument("--harness", action="store_true", help="the same items through lm-evaluation-harness too")
+    tasks.add_argument("--harness-tasks", default="", help="tasks of lm-evaluation-harness, comma-separated")
+    tasks.add_argument(
+        "--include-path", default="", help="folder of the harness's task files; its own then are not read"
+    )
     tasks.add_argument("--seed", type=int, default=0, help="of the demonstrations and of generated text")
 
 
 def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
-    values = _tasks(args, overrides) if args.tasks else _losses(args, overrides)
+    values = _tasks(args, overrides) if args.tasks or args.harness_tasks else _losses(args, overrides)
     print(json.dumps({"workdir": args.workdir, **values}))
     return 0
 
@@ -78,7 +83,31 @@ def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, 
         found[benchmark.name] = result
         for line in describe(benchmark.name, result):
             print(line, flush=True)
-    return {"step": loaded.step, "tasks": found}
+        if args.harness:
+            result["harness"] = _parity(benchmark, scorer, result, args)
+    values = {"step": loaded.step, "tasks": found}
+    if args.harness_tasks:
+        from gpt_jax.lm_eval import run_harness
+
+        names = [name.strip() for name in args.harness_tasks.split(",") if name.strip()]
+        settings = dict(include_path=args.include_path, shots=args.shots or None, limit=args.limit)
+        values["harness_tasks"] = run_harness(scorer, names, **settings)
+        for name, metrics in values["harness_tasks"].items():
+            print(f"{name.ljust(20)} " + ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items()))
+    return values
+
+
+def _parity(benchmark: Any, scorer: Any, result: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
+    import tempfile
+
+    from gpt_jax.lm_eval import compare
+
+    if args.shots or benchmark.kind == "generate":
+        raise UserError("--harness compares scores without demonstrations (--shots 0), of tasks that generate nothing.")
+    with tempfile.TemporaryDirectory() as folder:
+        values = compare(benchmark, scorer, result, folder, args.limit)
+    print(f"{'  by the harness'.ljust(20)} " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    return values
 
 
 def open_scorer(

@@ -88,16 +88,25 @@ def _prefill(
         done_B=requests.lengths_B == 0,
         seen_BxV=seen,
     )
-    if T > last:
-        pieces = [jnp.moveaxis(x.reshape(B, T // last, last), 1, 0)[:-1] for x in (requests.tokens_BxT, positions_BxT)]
-
-        def run(cache: Cache, piece: tuple[Array, Array]) -> tuple[Cache, None]:
-            tokens, at = piece
-            return model.apply({"params": params}, tokens, positions=at, cache=cache, method="encode")[1], None
-
-        state = state.replace(cache=lax.scan(run, state.cache, tuple(pieces))[0])
+    state = state.replace(cache=enter_pieces(model, params, requests.tokens_BxT, positions_BxT, state.cache, last))
     mask = Mask("bidirectional") if bidirectional else None
     return _step(model, params, requests, state, requests.tokens_BxT[:, -last:], positions_BxT[:, -last:], mask)
+
+
+def enter_pieces(
+    model: Transformer, params: Any, tokens_BxT: Array, positions_BxT: Array, cache: Cache, piece: int
+) -> Cache:
+    """Enters all but the last piece of prompts into a cache, `piece` tokens at a time."""
+    B, T = tokens_BxT.shape
+    if T <= piece:
+        return cache
+    pieces = [jnp.moveaxis(x.reshape(B, T // piece, piece), 1, 0)[:-1] for x in (tokens_BxT, positions_BxT)]
+
+    def run(cache: Cache, xs: tuple[Array, Array]) -> tuple[Cache, None]:
+        tokens, at = xs
+        return model.apply({"params": params}, tokens, positions=at, cache=cache, method="encode")[1], None
+
+    return lax.scan(run, cache, tuple(pieces))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))

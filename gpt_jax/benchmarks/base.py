@@ -324,7 +324,7 @@ def greedy_texts(scorer: Scorer) -> Callable[[list[str], int, tuple[str, ...]], 
     from gpt_jax.sampling import Sampling
 
     def generate(prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
-        fitted = _fit_texts(scorer, prompts, max_tokens)
+        fitted = fit_texts(scorer, prompts, max_tokens)
         return continue_texts(scorer, fitted, max_tokens=max_tokens, sampling=Sampling(0.0), stop=stop)
 
     return generate
@@ -341,7 +341,7 @@ def beam_texts(
 
     def generate(prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
         begin = [] if scorer.eot is None else [scorer.eot]
-        ids = [begin + scorer.tokenizer.encode(p).tolist() for p in _fit_texts(scorer, prompts, max_tokens)]
+        ids = [begin + scorer.tokenizer.encode(p).tolist() for p in fit_texts(scorer, prompts, max_tokens)]
         settings = dict(max_tokens=max_tokens, beams=beams, alpha=alpha, eot=scorer.eot)
         found = beam_search(scorer.model, scorer.params, ids, **settings)
         texts = [scorer.tokenizer.decode(hypotheses[0][0]) for hypotheses in found]
@@ -350,7 +350,8 @@ def beam_texts(
     return generate
 
 
-def _fit_texts(scorer: Scorer, prompts: Sequence[str], max_tokens: int) -> list[str]:
+def fit_texts(scorer: Scorer, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Cuts the beginning of prompts so that they and `max_tokens` fit the model's context; the scorer counts them."""
     most = max(1, scorer.max_length - max_tokens - _MARGIN)
     fitted = []
     for prompt in prompts:
