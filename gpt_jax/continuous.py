@@ -122,11 +122,10 @@ def generate_continuously(
 
 def _empty(model: Transformer, B: int, slots: int, penalty: bool) -> Rows:
     config = model.config
-    zeros = jnp.zeros(B, jnp.int32)
     return Rows(
-        token_B=zeros,
-        position_B=zeros,
-        left_B=zeros,
+        token_B=jnp.zeros(B, jnp.int32),
+        position_B=jnp.zeros(B, jnp.int32),
+        left_B=jnp.zeros(B, jnp.int32),
         done_B=jnp.ones(B, bool),
         keys_B=jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(jnp.zeros(B, jnp.uint32)),
         seen_BxV=jnp.zeros((B, config.vocab_size if penalty else 0), bool),
@@ -178,7 +177,7 @@ def _admit(model: Transformer, params: Any, state: Rows, requests: Any, rows_n: 
 
 
 def _insert(cache: Cache, new: Cache, rows_n: Array, positions_nxT: Array) -> Cache:
-    """Lays rows of a cache of T tokens into the slots before the present one of another; all else in them is emptied."""
+    """Lays rows of a cache of T tokens into the slots before the present one of another; the rest is emptied."""
     B, (n, T) = cache.positions_BxS.shape[0], positions_nxT.shape
 
     def slots_of(S: int) -> Array:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+import numpy as np
+
 from gpt_jax.errors import UserError
-from gpt_jax.generation import batches_by_length, check_prompts, stream_batch
+from gpt_jax.generation import MAX_ROWS, batches_by_length, check_prompts, stream_batch
 from gpt_jax.loading import Loaded, load
 from gpt_jax.objectives.base import objective_class
 from gpt_jax.sampling import Sampling
@@ -34,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling; 1 is off")
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens below min-p times the most likely one")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--beams", type=int, default=0, help="beam search with so many beams in place of sampling")
+    parser.add_argument("--length-penalty", type=float, default=0.6, help="beams: log P / ((5 + n) / 6)^this")
+    parser.add_argument("--choice", action="append", default=[], help="answer with one of the texts so given")
+    parser.add_argument("--normalise", default="sum", help="of choices: sum | token | byte | unconditional")
+    parser.add_argument("--logprobs", action="store_true", help="with --json: each new token's log-probability")
+    parser.add_argument("--html", default="", metavar="FILE", help="write a page with every token's probability")
     parser.add_argument("--stop", action="append", default=[], help="end a text before this string")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones follow")
     parser.add_argument("--json", action="store_true", help="print one JSON line with the texts, nothing else")
@@ -48,6 +57,14 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1.")
     if args.interactive and (args.json or args.prompt or args.prompts_file or args.num_samples > 1):
         raise UserError("--interactive takes its prompts from standard input: one text each, without --json.")
+    if args.beams < 0 or (args.beams and (args.interactive or args.num_samples > max(1, args.beams))):
+        raise UserError(
+            f"--beams is {args.beams}; it goes without --interactive, and with --num-samples of at most as many."
+        )
+    if args.choice and (args.beams or args.interactive or args.html or args.stop):
+        raise UserError("--choice goes without --beams, --interactive, --html and --stop.")
+    if args.logprobs and not args.json:
+        raise UserError("--logprobs is for --json; --html shows them on a page.")
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompts_file)
     run = load(args.workdir, step=args.step, weights=args.weights)
     objective = run.config.objective["name"]
@@ -61,16 +78,119 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         for number, line in enumerate(_typed_lines()):
             continue_texts(run, [line], seed=args.seed + number, live=sys.stdout, **settings)
         return 0
+    if args.choice:
+        return _print_choices(run, prompts, args, sampling)
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    live = sys.stdout if len(repeated) == 1 and not args.json else None
-    texts = continue_texts(run, repeated, seed=args.seed, live=live, **settings)
+    live = sys.stdout if len(repeated) == 1 and not (args.json or args.beams or args.html) else None
+    if args.beams:
+        texts = _search(run, prompts, args)
+    else:
+        texts = continue_texts(run, repeated, seed=args.seed, live=live, **settings)
+    rows: list[dict[str, Any]] = [{"prompt": p, "text": t} for p, t in zip(repeated, texts, strict=True)]
+    if args.logprobs or args.html:
+        looks = [_look(run, row["prompt"], row["text"]) for row in rows]
+        if args.html:
+            from gpt_jax.sample_page import write_page
+
+            write_page(args.html, f"{args.workdir}, step {run.step}", looks, run.tokenizer)
+        if args.logprobs:
+            for row, (tokens, begin) in zip(rows, looks, strict=True):
+                row["tokens"] = [run.tokenizer.decode([t.id], "show") for t in tokens[begin:]]
+                row["logprobs"] = [math.log(t.probability) for t in tokens[begin:]]
     if args.json:
-        rows = [{"prompt": p, "text": t} for p, t in zip(repeated, texts, strict=True)]
         print(json.dumps({"workdir": args.workdir, "step": run.step, "samples": rows}, ensure_ascii=False))
     elif live is None:
-        for prompt, text in zip(repeated, texts, strict=True):
-            print(f"{prompt}{text}\n---")
+        for row in rows:
+            print(f"{row['prompt']}{row['text']}\n---")
+    if args.html and not args.json:
+        print(f"page: {args.html}")
     return 0
+
+
+def _look(run: Loaded, prompt: str, text: str) -> tuple[list[Any], int]:
+    """What the model thinks of each token of prompt and text, encoded anew, and where the text begins."""
+    from gpt_jax.sample_page import look_at
+
+    begin = [] if run.tokenizer.eot is None else [run.tokenizer.eot]
+    before = begin + run.tokenizer.encode(prompt).tolist()
+    ids = before + run.tokenizer.encode(text).tolist()
+    if run.model.config.positions == "learned":
+        ids = ids[: run.model.config.max_positions]
+    return look_at(run.model, run.params, ids) if ids else [], len(before)
+
+
+def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """The best `num_samples` texts of each prompt by beam search."""
+    from gpt_jax.beam import beam_search
+
+    eot = run.tokenizer.eot
+    begin = [] if eot is None else [eot]
+    found = beam_search(
+        run.model,
+        run.params,
+        [begin + run.tokenizer.encode(prompt).tolist() for prompt in prompts],
+        max_tokens=args.max_tokens,
+        beams=args.beams,
+        alpha=args.length_penalty,
+        eot=eot,
+        results=args.num_samples,
+    )
+    texts = [run.tokenizer.decode(ids) for hypotheses in found for ids, _ in hypotheses]
+    return [
+        text[: min([at for s in args.stop if s and (at := text.find(s)) >= 0], default=len(text))] for text in texts
+    ]
+
+
+def _print_choices(run: Loaded, prompts: Sequence[str], args: argparse.Namespace, sampling: Sampling) -> int:
+    found = choose_texts(
+        run, prompts, args.choice, normalisation=args.normalise, temperature=sampling.temperature, seed=args.seed
+    )
+    rows = [{"prompt": p, "text": t, "probabilities": q} for p, (t, q) in zip(prompts, found, strict=True)]
+    if args.json:
+        print(json.dumps({"workdir": args.workdir, "step": run.step, "samples": rows}, ensure_ascii=False))
+        return 0
+    for row in rows:
+        shown = ", ".join(f"{choice!r} {p:.3f}" for choice, p in row["probabilities"].items())
+        print(f"{row['prompt']}{row['text']}\n({shown})\n---")
+    return 0
+
+
+def choose_texts(
+    run: Any,
+    prompts: Sequence[str],
+    choices: Sequence[str],
+    *,
+    normalisation: str = "sum",
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[tuple[str, dict[str, float]]]:
+    """Constrained choice: continues each prompt with one of the choices.
+
+    Args:
+      normalisation: of the scores that are compared (`gpt_jax.score.normalise`); with 'sum' and temperature 1 a choice
+        is drawn as the model itself would among these texts. temperature: 0 takes the best. seed: of the first prompt.
+
+    Returns:
+      (the choice, the probability of each choice at temperature 1) of each prompt.
+    """
+    from gpt_jax.score import Scorer, normalise
+
+    if len(set(choices)) < 2 or not all(choices):
+        raise UserError("a choice is made among at least two different texts, none of them empty.")
+    scorer = Scorer(run.model, run.params, run.tokenizer)
+    scores = scorer.score([(prompt, choice) for prompt in prompts for choice in choices])
+    empty = scorer.score([("", choice) for choice in choices]) if normalisation == "unconditional" else scores
+    out = []
+    for i in range(len(prompts)):
+        found = scores[i * len(choices) : (i + 1) * len(choices)]
+        values = np.array([normalise(s, normalisation, e) for s, e in zip(found, empty[: len(choices)], strict=True)])
+        probabilities = np.exp(values - np.logaddexp.reduce(values))
+        best = int(values.argmax())
+        if temperature > 0:
+            sharpened = np.exp((values - values.max()) / temperature)
+            best = int(np.random.default_rng(seed + i).choice(len(choices), p=sharpened / sharpened.sum()))
+        out.append((choices[best], dict(zip(choices, probabilities.tolist(), strict=True))))
+    return out
 
 
 def _typed_lines() -> Iterator[str]:
@@ -110,7 +230,8 @@ def continue_texts(
     """Continues prompts until EOT, a stop string or max_tokens.
 
     Args:
-      run: of `load`. prompts: texts. stop: a text ends before the first of these. seed: prompt i has seed + i.
+      run: of `load`, or a Scorer: what has model, params and tokenizer. prompts: texts; more than MAX_ROWS are
+        batched continuously. stop: a text ends before the first of these. seed: prompt i has seed + i.
       live: where the first prompt and its continuation are written as they come, always valid UTF-8.
 
     Returns:
@@ -121,6 +242,18 @@ def continue_texts(
     ids = [begin + run.tokenizer.encode(prompt).tolist() for prompt in prompts]
     ids = check_prompts(run.model, ids, max_tokens, eot)
     writers = [_Writer(run.tokenizer, stop, live if row == 0 else None) for row in range(len(ids))]
+    if len(ids) > MAX_ROWS and live is None:
+        from gpt_jax.continuous import generate_continuously
+
+        def ended(row: int, new: list[int]) -> bool:
+            writers[row].push(new, eot)
+            return writers[row].ended
+
+        seeds = [seed + row for row in range(len(ids))]
+        settings = dict(max_tokens=max_tokens, sampling=sampling, eot=eot, seeds=seeds)
+        for _ in generate_continuously(run.model, run.params, ids, ended=ended, **settings):
+            pass
+        return [writer.finish() for writer in writers]
     for rows in batches_by_length(ids):
         chunks = stream_batch(
             run.model,
