@@ -32,11 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include-path", default="", help="folder of the harness's task files; its own then are not read"
     )
     tasks.add_argument("--seed", type=int, default=0, help="of the demonstrations and of generated text")
+    quality = parser.add_argument_group("quality of generated text, beside human text")
+    quality.add_argument("--generation", action="store_true", help="measure the texts of each decoding method")
+    quality.add_argument("--methods", default="", help="comma-separated; default: all (docs/evaluate.md)")
+    quality.add_argument("--texts", type=int, default=100, help="texts of each")
+    quality.add_argument("--prompt-tokens", type=int, default=32, help="tokens of validation text before each")
+    quality.add_argument("--new-tokens", type=int, default=64, help="tokens of each")
+    quality.add_argument("--reference", default="", help="a run that measures perplexity; default: the run itself")
 
 
 def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
-    values = _tasks(args, overrides) if args.tasks or args.harness_tasks else _losses(args, overrides)
+    if args.generation and (args.tasks or args.harness_tasks):
+        raise UserError("--generation and --tasks are two evaluations: run one after the other.")
+    if args.generation:
+        values = _generation(args, overrides)
+    elif args.tasks or args.harness_tasks:
+        values = _tasks(args, overrides)
+    else:
+        values = _losses(args, overrides)
     print(json.dumps({"workdir": args.workdir, **values}))
     return 0
 
@@ -95,6 +109,31 @@ def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, 
         for name, metrics in values["harness_tasks"].items():
             print(f"{name.ljust(20)} " + ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items()))
     return values
+
+
+def _generation(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
+    from gpt_jax.config import resolve
+    from gpt_jax.generation_quality import METHODS, evaluate_generation, human_prompts, training_documents
+    from gpt_jax.run import build_run, saved_config
+
+    loaded, scorer = open_scorer(args.workdir, overrides, step=args.step, weights=args.weights)
+    reference = open_scorer(args.reference, overrides)[1] if args.reference else None
+    data = build_run(resolve(saved_config(args.workdir), overrides), log=lambda line: None).data
+    valid = [split for name, split in data.splits.items() if name.rpartition("/")[2] == "valid"]
+    if not valid:
+        raise UserError(f"the run in {args.workdir!r} holds out no text to take prompts from.")
+    given = human_prompts(valid, args.texts, args.prompt_tokens, args.new_tokens)
+    methods = [name.strip() for name in args.methods.split(",") if name.strip()] or list(METHODS)
+    shown = ("distinct_2", "self_bleu_4", "seq_rep_4", "perplexity", "copy_rate")
+    print("".ljust(16) + "".join(name.rjust(22) for name in shown))
+
+    def say(name: str, values: Mapping[str, float]) -> None:
+        cells = (f"{values[m]:.3g} ({values[m + '_low']:.3g} to {values[m + '_high']:.3g})" for m in shown)
+        print(name.ljust(16) + "".join(cell.rjust(22) for cell in cells), flush=True)
+
+    settings = dict(methods=methods, seed=args.seed, reference=reference, say=say)
+    found = evaluate_generation(scorer, given, training_documents(data.splits, data.tokenizer), **settings)
+    return {"step": loaded.step, "texts": len(given.prompts), "generation": found}
 
 
 def _parity(benchmark: Any, scorer: Any, result: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
