@@ -100,7 +100,7 @@ def generate_continuously(
             places[: len(free)] = free
             state = _admit(model, params, state, requests, places, np.int32(max_tokens))
         else:
-            state = _run(model, params, state, filters, end, np.bool_(queue))
+            state = _run(model, params, state, filters, end, bool(queue))
         count = int(state.count)
         tokens, scores = np.asarray(state.out_BxC[:, :count]), np.asarray(state.logprobs_BxC[:, :count])
         stopped = np.array(state.done_B)

@@ -18,7 +18,7 @@ from gpt_jax.data.baselines import documents
 from gpt_jax.errors import UserError, choose
 from gpt_jax.generation import generate
 from gpt_jax.predictions import spread
-from gpt_jax.score import Scorer
+from gpt_jax.score import Scorer, split_pair
 from gpt_jax.text_quality import bootstrap, copied_counts, ngrams, self_bleu_scores, seq_rep_n
 
 # The settings of `generate`, or of `beam_search` where there are beams.
@@ -115,7 +115,10 @@ def evaluate_generation(
     for name, rows in as_text.items():
         counts = np.array([copied[at : at + len(rows)], of[at : at + len(rows)]], np.float64)
         at += len(rows)
-        out[name] = measure(texts[name], rows, _losses(reference or scorer, before, rows), counts)
+        losses = _own_losses(scorer, given.prompts, texts[name])
+        if reference is not None:
+            losses = _losses(reference, before, rows)
+        out[name] = measure(texts[name], rows, losses, counts)
         if say is not None:
             say(name, out[name])
     return out
@@ -181,8 +184,7 @@ def _distinct(texts: Sequence[str], order: int) -> tuple[float, float, float]:
 def _generate(
     scorer: Scorer, prompts: Sequence[Sequence[int]], new: int, settings: Mapping[str, Any], seed: int
 ) -> list[list[int]]:
-    begin = [] if scorer.eot is None else [scorer.eot]
-    ids = [[*begin, *prompt] for prompt in prompts]
+    ids = [[*scorer.begin, *prompt] for prompt in prompts]
     if "beams" in settings:
         from gpt_jax.beam import beam_search
 
@@ -192,11 +194,23 @@ def _generate(
     return generate(scorer.model, scorer.params, ids, max_tokens=new, eot=scorer.eot, seeds=seeds, **settings)
 
 
+def _own_losses(scorer: Scorer, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """(nats, tokens) of each text, in the tokens it was generated in; 0 of an empty one."""
+    return _summed(scorer, [([*scorer.begin, *p], list(t)) for p, t in zip(prompts, texts, strict=True)])
+
+
 def _losses(reference: Scorer, before: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-    """(nats, tokens) of each text after its prompt; 0 of an empty one."""
-    out = np.zeros((len(texts), 2))
-    rows = [i for i, text in enumerate(texts) if text]
-    for i, score in zip(rows, reference.score([(before[i], texts[i]) for i in rows]), strict=True):
+    """(nats, tokens) of each text after its prompt under another model, which has a tokenizer of its own."""
+    pairs = [split_pair(reference.tokenizer, b, t) if t else ([], []) for b, t in zip(before, texts, strict=True)]
+    return _summed(reference, [([*reference.begin, *context], new) for context, new in pairs])
+
+
+def _summed(scorer: Scorer, pairs: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
+    out = np.zeros((len(pairs), 2))
+    rows = [i for i, (_, new) in enumerate(pairs) if new]
+    # What is longer than the model reads at once is scored up to there.
+    scores = scorer.score_ids([(pairs[i][0], pairs[i][1][: scorer.max_length]) for i in rows])
+    for i, score in zip(rows, scores, strict=True):
         out[i] = -score.total, score.tokens
     return out
 

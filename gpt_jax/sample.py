@@ -11,8 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-import numpy as np
-
 from gpt_jax.errors import UserError
 from gpt_jax.generation import MAX_ROWS, batches_by_length, check_prompts, stream_batch
 from gpt_jax.loading import Loaded, load
@@ -83,12 +81,13 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
     live = sys.stdout if len(repeated) == 1 and not (args.json or args.beams or args.html) else None
     if args.beams:
-        texts = _search(run, prompts, args)
+        rows = _search(run, prompts, args)
     else:
-        texts = continue_texts(run, repeated, seed=args.seed, live=live, **settings)
-    rows: list[dict[str, Any]] = [{"prompt": p, "text": t} for p, t in zip(repeated, texts, strict=True)]
+        found = continue_prompts(run, repeated, seed=args.seed, live=live, **settings)
+        rows = [{"prompt": p, "text": text, "ids": new} for p, (text, new) in zip(repeated, found, strict=True)]
+    ids = [row.pop("ids") for row in rows]
     if args.logprobs or args.html:
-        looks = [_look(run, row["prompt"], row["text"]) for row in rows]
+        looks = [_look(run, row["prompt"], new) for row, new in zip(rows, ids, strict=True)]
         if args.html:
             from gpt_jax.sample_page import write_page
 
@@ -107,41 +106,45 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     return 0
 
 
-def _look(run: Loaded, prompt: str, text: str) -> tuple[list[Any], int]:
-    """What the model thinks of each token of prompt and text, encoded anew, and where the text begins."""
+def _look(run: Loaded, prompt: str, new: list[int]) -> tuple[list[Any], int]:
+    """What the model thinks of each token of a prompt and its continuation, and where the latter begins."""
     from gpt_jax.sample_page import look_at
 
+    before = _prompt_ids(run, prompt)
+    return look_at(run.model, run.params, before + new) if before + new else [], len(before)
+
+
+def _prompt_ids(run: Any, prompt: str) -> list[int]:
     begin = [] if run.tokenizer.eot is None else [run.tokenizer.eot]
-    before = begin + run.tokenizer.encode(prompt).tolist()
-    ids = before + run.tokenizer.encode(text).tolist()
-    if run.model.config.positions == "learned":
-        ids = ids[: run.model.config.max_positions]
-    return look_at(run.model, run.params, ids) if ids else [], len(before)
+    return begin + run.tokenizer.encode(prompt).tolist()
 
 
-def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> list[str]:
-    """The best `num_samples` texts of each prompt by beam search."""
+def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The best `num_samples` texts of each prompt by beam search; what is after a stop string is cut off."""
     from gpt_jax.beam import beam_search
 
-    eot = run.tokenizer.eot
-    begin = [] if eot is None else [eot]
     found = beam_search(
         run.model,
         run.params,
-        [begin + run.tokenizer.encode(prompt).tolist() for prompt in prompts],
+        [_prompt_ids(run, prompt) for prompt in prompts],
         max_tokens=args.max_tokens,
         beams=args.beams,
         alpha=args.length_penalty,
-        eot=eot,
+        eot=run.tokenizer.eot,
         results=args.num_samples,
     )
-    texts = [run.tokenizer.decode(ids) for hypotheses in found for ids, _ in hypotheses]
-    return [
-        text[: min([at for s in args.stop if s and (at := text.find(s)) >= 0], default=len(text))] for text in texts
-    ]
+    rows = []
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        for new, score in hypotheses:
+            writer = _Writer(run.tokenizer, args.stop, None)
+            writer.push(new, None)
+            rows.append({"prompt": prompt, "text": writer.finish(), "score": score, "ids": writer.ids})
+    return rows
 
 
 def _print_choices(run: Loaded, prompts: Sequence[str], args: argparse.Namespace, sampling: Sampling) -> int:
+    from gpt_jax.choice import choose_texts
+
     found = choose_texts(
         run, prompts, args.choice, normalisation=args.normalise, temperature=sampling.temperature, seed=args.seed
     )
@@ -153,44 +156,6 @@ def _print_choices(run: Loaded, prompts: Sequence[str], args: argparse.Namespace
         shown = ", ".join(f"{choice!r} {p:.3f}" for choice, p in row["probabilities"].items())
         print(f"{row['prompt']}{row['text']}\n({shown})\n---")
     return 0
-
-
-def choose_texts(
-    run: Any,
-    prompts: Sequence[str],
-    choices: Sequence[str],
-    *,
-    normalisation: str = "sum",
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[tuple[str, dict[str, float]]]:
-    """Constrained choice: continues each prompt with one of the choices.
-
-    Args:
-      normalisation: of the scores that are compared (`gpt_jax.score.normalise`); with 'sum' and temperature 1 a choice
-        is drawn as the model itself would among these texts. temperature: 0 takes the best. seed: of the first prompt.
-
-    Returns:
-      (the choice, the probability of each choice at temperature 1) of each prompt.
-    """
-    from gpt_jax.score import Scorer, normalise
-
-    if len(set(choices)) < 2 or not all(choices):
-        raise UserError("a choice is made among at least two different texts, none of them empty.")
-    scorer = Scorer(run.model, run.params, run.tokenizer)
-    scores = scorer.score([(prompt, choice) for prompt in prompts for choice in choices])
-    empty = scorer.score([("", choice) for choice in choices]) if normalisation == "unconditional" else scores
-    out = []
-    for i in range(len(prompts)):
-        found = scores[i * len(choices) : (i + 1) * len(choices)]
-        values = np.array([normalise(s, normalisation, e) for s, e in zip(found, empty[: len(choices)], strict=True)])
-        probabilities = np.exp(values - np.logaddexp.reduce(values))
-        best = int(values.argmax())
-        if temperature > 0:
-            sharpened = np.exp((values - values.max()) / temperature)
-            best = int(np.random.default_rng(seed + i).choice(len(choices), p=sharpened / sharpened.sum()))
-        out.append((choices[best], dict(zip(choices, probabilities.tolist(), strict=True))))
-    return out
 
 
 def _typed_lines() -> Iterator[str]:
@@ -227,6 +192,21 @@ def continue_texts(
     seed: int = 0,
     live: TextIO | None = None,
 ) -> list[str]:
+    """Continues prompts until EOT, a stop string or max_tokens: the texts of `continue_prompts`."""
+    settings = dict(max_tokens=max_tokens, sampling=sampling, stop=stop, seed=seed, live=live)
+    return [text for text, _ in continue_prompts(run, prompts, **settings)]
+
+
+def continue_prompts(
+    run: Loaded,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    live: TextIO | None = None,
+) -> list[tuple[str, list[int]]]:
     """Continues prompts until EOT, a stop string or max_tokens.
 
     Args:
@@ -235,12 +215,10 @@ def continue_texts(
       live: where the first prompt and its continuation are written as they come, always valid UTF-8.
 
     Returns:
-      The continuations.
+      The continuation of each and its tokens, those of a stop string included.
     """
     eot = run.tokenizer.eot
-    begin = [] if eot is None else [eot]
-    ids = [begin + run.tokenizer.encode(prompt).tolist() for prompt in prompts]
-    ids = check_prompts(run.model, ids, max_tokens, eot)
+    ids = check_prompts(run.model, [_prompt_ids(run, prompt) for prompt in prompts], max_tokens, eot)
     writers = [_Writer(run.tokenizer, stop, live if row == 0 else None) for row in range(len(ids))]
     if len(ids) > MAX_ROWS and live is None:
         from gpt_jax.continuous import generate_continuously
@@ -253,7 +231,7 @@ def continue_texts(
         settings = dict(max_tokens=max_tokens, sampling=sampling, eot=eot, seeds=seeds)
         for _ in generate_continuously(run.model, run.params, ids, ended=ended, **settings):
             pass
-        return [writer.finish() for writer in writers]
+        return [(writer.finish(), writer.ids) for writer in writers]
     for rows in batches_by_length(ids):
         chunks = stream_batch(
             run.model,
@@ -275,7 +253,7 @@ def continue_texts(
                 for row, new in zip(rows, tokens.tolist(), strict=True):
                     writers[row].push(new, eot)
                 ended = [writers[row].ended for row in rows]
-    return [writer.finish() for writer in writers]
+    return [(writer.finish(), writer.ids) for writer in writers]
 
 
 class _Writer:
@@ -284,7 +262,7 @@ class _Writer:
     def __init__(self, tokenizer: Any, stop: Sequence[str], live: TextIO | None) -> None:
         self._decoder, self._stop, self._live = tokenizer.stream(), [s for s in stop if s], live
         self._text, self._shown = "", 0
-        self.ended = False
+        self.ended, self.ids = False, []
 
     def push(self, tokens: Sequence[int], eot: int | None) -> None:
         for token in tokens:
@@ -293,6 +271,7 @@ class _Writer:
             if token == eot:
                 self.ended = True
                 return
+            self.ids.append(token)
             self._text += self._decoder.push(token)
             found = [at for s in self._stop if (at := self._text.find(s)) >= 0]
             if found:

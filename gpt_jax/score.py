@@ -127,7 +127,7 @@ class Scorer:
       eot: the id every context begins with; None: the tokenizer's, if it has one.
 
     Attributes:
-      cut: how many contexts have been cut so far.
+      begin: the ids that a context begins with. cut: how many contexts have been cut so far.
     """
 
     def __init__(
@@ -157,6 +157,7 @@ class Scorer:
         self.params = shard_params(model, params, mesh, rules) if mesh is not None else params
         self.overflow, self.boundary, self.cut = overflow, boundary, 0
         self.eot = eot if eot is not None or tokenizer is None else tokenizer.eot
+        self.begin = [] if self.eot is None else [self.eot]
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[Score]:
         """Scores (context, continuation) texts; a context begins with 'eot', as documents do in training.
@@ -167,8 +168,7 @@ class Scorer:
         """
         pairs = list(pairs)
         ids = [split_pair(self.tokenizer, *pair, boundary=self.boundary) for pair in pairs]
-        begin = [] if self.eot is None else [self.eot]
-        scores = self.score_ids([(begin + context, continuation) for context, continuation in ids])
+        scores = self.score_ids([(self.begin + context, continuation) for context, continuation in ids])
         sizes = [len(continuation.lstrip().encode("utf-8")) for _, continuation in pairs]
         return [dataclasses.replace(score, bytes=size) for score, size in zip(scores, sizes, strict=True)]
 

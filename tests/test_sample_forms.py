@@ -12,10 +12,13 @@ from scipy import stats
 from test_sample_command import save_run
 
 import gpt_jax
+from gpt_jax.choice import choose_texts
 from gpt_jax.cli import main
-from gpt_jax.sample import choose_texts, continue_texts
+from gpt_jax.sample import continue_prompts, continue_texts
 from gpt_jax.sample_page import look_at
 from gpt_jax.sampling import Sampling
+
+DEFAULT = Sampling(0.8, top_p=0.95)  # the command's
 
 
 @pytest.fixture(scope="module")
@@ -30,35 +33,33 @@ def samples(capsys, run, *flags):
     return json.loads(capsys.readouterr().out.splitlines()[-1])["samples"]
 
 
-def log_probability(run, text):
-    """log P of each byte of a text after EOT, from the plain forward pass."""
-    ids = [256, *text.encode()]
+def log_probability(run, ids):
+    """log P of each token after EOT, from the plain forward pass."""
+    ids = [256, *ids]
     logp = jax.nn.log_softmax(run.model.apply({"params": run.params}, jnp.asarray([ids])).logits[0])
     return np.asarray(logp)[np.arange(len(ids) - 1), ids[1:]]
 
 
 def test_log_probabilities_are_those_of_the_plain_forward_pass(run, capsys):
-    row = samples(capsys, run, "--prompt=ab", "--max-tokens=6", "--temperature=0", "--logprobs")[0]
-    expected = log_probability(gpt_jax.load(run), "ab" + row["text"])[2:]
-    np.testing.assert_allclose(row["logprobs"], expected, atol=1e-4)
-    assert "".join(row["tokens"]) == row["text"]
+    loaded = gpt_jax.load(run)
+    row = samples(capsys, run, "--prompt=ab", "--max-tokens=6", "--temperature=2", "--logprobs")[0]
+    (text, ids), *_ = continue_prompts(loaded, ["ab"], max_tokens=6, sampling=Sampling(2.0, top_p=0.95))
+    assert row["text"] == text and len(row["tokens"]) == len(ids)
+    np.testing.assert_allclose(row["logprobs"], log_probability(loaded, [*b"ab", *ids])[2:], atol=1e-4)
 
 
 def test_beams_find_what_is_at_least_as_likely_as_the_greedy_text(run, capsys):
     loaded = gpt_jax.load(run)
-    flags = ("--prompt=ab", "--max-tokens=5")
-    greedy = samples(capsys, run, *flags, "--temperature=0")[0]["text"]
-    found = samples(capsys, run, *flags, "--beams=16", "--length-penalty=0", "--num-samples=2")
-    assert len(found) == 2 and found[0]["text"] != found[1]["text"]
-    first, second, ours = (
-        log_probability(loaded, "ab" + t).sum() for t in (found[0]["text"], found[1]["text"], greedy)
-    )
+    ((_, greedy),) = continue_prompts(loaded, ["ab"], max_tokens=5, sampling=Sampling(0.0))
+    flags = ("--prompt=ab", "--max-tokens=5", "--beams=16", "--length-penalty=0", "--num-samples=2", "--logprobs")
+    first, second = (sum(row["logprobs"]) for row in samples(capsys, run, *flags))
+    ours = log_probability(loaded, [*b"ab", *greedy])[2:].sum()
     assert first >= second - 1e-4 and first >= ours - 1e-4
 
 
 def test_a_choice_is_made_by_its_probability(run, capsys):
     loaded = gpt_jax.load(run)
-    p = {c: float(np.exp(log_probability(loaded, "is it " + c)[6:].sum())) for c in ("yes", "no")}
+    p = {c: float(np.exp(log_probability(loaded, f"is it {c}".encode())[6:].sum())) for c in ("yes", "no")}
     expected = {c: value / sum(p.values()) for c, value in p.items()}
     row = samples(capsys, run, "--prompt=is it:", "--choice= yes", "--choice= no", "--temperature=0")[0]
     assert row["text"] in (" yes", " no") and sum(row["probabilities"].values()) == pytest.approx(1)
@@ -103,7 +104,8 @@ def test_the_page_holds_every_token_and_nothing_from_elsewhere(run, capsys, tmp_
     text = page.read_text(encoding="utf-8")
     assert len(re.findall('<span class="t prompt"', text)) == 5 + 2  # with their EOTs
     new = len(re.findall(r'<span class="t" tabindex', text))
-    assert new == sum(len(row["text"].encode()) for row in rows)
+    ids = [new for _, new in continue_prompts(gpt_jax.load(run), ["<b>&", "x"], max_tokens=9, sampling=DEFAULT, seed=2)]
+    assert new == sum(map(len, ids)) and [row["prompt"] for row in rows] == ["<b>&", "x"]
     assert "&lt;</span>" in text or "&lt;<span" in text  # escaped
     assert not re.search(r"(src|href)=|@import|url\(", text)
 

@@ -340,8 +340,7 @@ def beam_texts(
     from gpt_jax.beam import beam_search
 
     def generate(prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
-        begin = [] if scorer.eot is None else [scorer.eot]
-        ids = [begin + scorer.tokenizer.encode(p).tolist() for p in fit_texts(scorer, prompts, max_tokens)]
+        ids = [scorer.begin + scorer.tokenizer.encode(p).tolist() for p in fit_texts(scorer, prompts, max_tokens)]
         settings = dict(max_tokens=max_tokens, beams=beams, alpha=alpha, eot=scorer.eot)
         found = beam_search(scorer.model, scorer.params, ids, **settings)
         texts = [scorer.tokenizer.decode(hypotheses[0][0]) for hypotheses in found]
