@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tunes a pre-trained model on real tasks, row by row, and prints the table of test scores.
 
-    gpt-jax train --config=novels_6m --workdir=runs/novels
+    gpt-jax train --config=novels_3m --workdir=runs/novels
     python scripts/task_results.py --base=runs/novels --out=runs/tasks            # every row; done ones are skipped
     python scripts/task_results.py --base=runs/novels --out=runs/tasks --rows=sst2,e2e --hours=2
     python scripts/task_results.py --out=runs/tasks --table                       # the table of what is there
