@@ -48,7 +48,7 @@ def alone(config: str, part: str) -> tuple[str, ...]:
     from gpt_jax.config import load
 
     options = thaw(load(config).objective["tasks"][part])
-    return (f"--config.objective.tasks={({part: options})!r}", f"--config.batch_size={options['rows']}")
+    return (f"--config.objective.tasks={ ({part: options})!r}", f"--config.batch_size={options['rows']}")
 
 
 def thaw(value: Any) -> Any:
@@ -127,7 +127,7 @@ def measure(row: Row, start: str, seed: int, base: pathlib.Path, out: pathlib.Pa
         "start": start,
         "seed": seed,
         "metric": row.metric,
-        "score": scores[f"valid/{row.metric}"],
+        "score": next(v for k, v in scores.items() if k == f"valid/{row.metric}" or k.endswith(f"/{row.metric}")),
         "scores": {k.removeprefix("valid/"): v for k, v in scores.items() if k.startswith("valid/")},
         "train_seconds": round(trained),
         "seconds": round(time.monotonic() - begun),
