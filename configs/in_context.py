@@ -5,11 +5,11 @@ from gpt_jax.config import base
 
 def get_config():
     config = base()
-    config.steps = 800
+    config.steps = 600
     config.batch_size = 64
     config.context_length = 64
-    config.model.update(num_layers=2, d_model=64, num_heads=4)
-    config.model.update(positions="rope", norm="rmsnorm", ffn="relu2", qk_norm=True, bias=False)
+    config.model.update(num_layers=2, d_model=64, num_heads=2, d_ff=128)
+    config.model.update(positions="rope", norm="rmsnorm", bias=False)
     config.data.path = "runs/in_context/episodes.jsonl"
     config.data.layout = "padded"
     config.data.doc_mask = True

@@ -64,9 +64,8 @@ def human_prompts(splits: Sequence[Any], count: int, prompt: int, new: int) -> P
         starts, fitting = [starts[i] for i in spread(len(starts), _TRIED * wanted)], []
         for start in starts:
             ids = split.read(start, prompt + new)
-            if split.eot is None or not (ids[1:] == split.eot).any():
-                fitting.append([int(i) for i in ids if i != split.eot] if ids[0] == split.eot else ids.tolist())
-        fitting = [ids for ids in fitting if len(ids) == prompt + new]
+            if split.eot is None or not (ids == split.eot).any():
+                fitting.append(ids.tolist())
         found += [fitting[i * len(fitting) // wanted] for i in range(min(wanted, len(fitting)))]
     if len(found) < 2:
         raise UserError(

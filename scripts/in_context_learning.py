@@ -1,13 +1,13 @@
 """In-context learning where a tiny model can show it: associative recall, scored against the number of shots.
 
-An episode assigns a value (a digit) to each of eight keys (letters), anew and at random, and is a sequence of such
-pairs: 'c5a0h3c5...'. What a key's value is can be known from the episode alone. A test item shows K pairs of different
-keys and asks for one of the eight: who remembers all that was shown, and knows that no two keys share a value, is right
-with probability K/8 + (1 - K/8)/(8 - K).
+An episode takes eight keys (letters) and gives each a value (a capital), anew and at random, and is a sequence of such
+pairs: 'cXaQhBcX...'. What a key's value is can be known from the episode alone. A test item shows K pairs of different
+keys and asks for one of the eight: who remembers all that was shown, and that no two keys share a value, is right with
+probability K/8 + (1 - K/8)/(26 - K).
 
     python scripts/in_context_learning.py --workdir runs/in_context
 
-trains configs/in_context.py on such episodes (about three minutes on two cores), prints accuracy by shots beside that
+trains configs/in_context.py on such episodes (about two minutes on two cores), prints accuracy by shots beside that
 optimum, writes the figure and ends with a line of JSON.
 """
 
@@ -16,31 +16,39 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import string
 
 import numpy as np
 
-KEYS, VALUES = "abcdefgh", "01234567"
+KEYS, VALUES = string.ascii_lowercase, string.ascii_uppercase
+USED = 8  # keys of an episode
 PAIRS = 31  # of an episode
 
 
-def episode(rng: np.random.Generator, pairs: int = PAIRS) -> str:
-    """Pairs of keys, drawn with replacement, and their values."""
-    values = rng.permutation(len(VALUES))
-    return "".join(KEYS[k] + VALUES[values[k]] for k in rng.integers(0, len(KEYS), pairs))
+def mapping(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """The keys of an episode and their values."""
+    keys, values = (rng.permutation(len(names))[:USED] for names in (KEYS, VALUES))
+    return [(KEYS[k], VALUES[v]) for k, v in zip(keys, values, strict=True)]
+
+
+def episode(rng: np.random.Generator) -> str:
+    """Pairs drawn with replacement."""
+    pairs = mapping(rng)
+    return "".join("".join(pairs[i]) for i in rng.integers(0, USED, PAIRS))
 
 
 def question(rng: np.random.Generator, shots: int) -> tuple[str, int]:
-    """(pairs of `shots` different keys and one more key, its value)."""
-    values = rng.permutation(len(VALUES))
-    shown = rng.permutation(len(KEYS))[:shots]
-    asked = int(rng.integers(len(KEYS)))
-    return "".join(KEYS[k] + VALUES[values[k]] for k in shown) + KEYS[asked], int(values[asked])
+    """(pairs of `shots` different keys and one of the eight keys, the index of its value)."""
+    pairs = mapping(rng)
+    key, value = pairs[int(rng.integers(USED))]
+    shown = rng.permutation(USED)[:shots]
+    return "".join("".join(pairs[i]) for i in shown) + key, VALUES.index(value)
 
 
 def optimum(shots: int) -> float:
     """Accuracy of perfect memory."""
-    seen = shots / len(KEYS)
-    return seen + (0.0 if shots == len(KEYS) else (1 - seen) / (len(KEYS) - shots))
+    seen = shots / USED
+    return seen + (1 - seen) / (len(VALUES) - shots)
 
 
 def accuracies(scorer, items: int, seed: int = 1) -> dict[int, tuple[float, float]]:
@@ -48,7 +56,7 @@ def accuracies(scorer, items: int, seed: int = 1) -> dict[int, tuple[float, floa
     from gpt_jax.benchmarks import Benchmark, Item, run_benchmark
 
     out = {}
-    for shots in range(len(KEYS) + 1):
+    for shots in range(USED + 1):
         rng = np.random.default_rng((seed, shots))
         made = [
             Item(context, tuple(VALUES), answer) for context, answer in (question(rng, shots) for _ in range(items))

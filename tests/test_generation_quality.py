@@ -88,7 +88,7 @@ def test_the_command_measures_a_run_beside_its_validation_text(tmp_path, capsys)
     assert "tasks/colours/accuracy" in json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 0 <= rows[-1]["tasks/colours/accuracy"] <= 1
-    flags = ["--generation", "--texts=4", "--prompt-tokens=8", "--new-tokens=56", "--methods=greedy,sample"]
+    flags = ["--generation", "--texts=4", "--prompt-tokens=8", "--new-tokens=55", "--methods=greedy,sample"]
     assert main(["eval", f"--workdir={tmp_path / 'run'}", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
