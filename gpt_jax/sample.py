@@ -117,8 +117,7 @@ def continue_texts(
       The continuations.
     """
     eot = run.tokenizer.eot
-    begin = [] if eot is None else [eot]
-    ids = [begin + run.tokenizer.encode(prompt).tolist() for prompt in prompts]
+    ids = [run.tokenizer.begin + run.tokenizer.encode(prompt).tolist() for prompt in prompts]
     ids = check_prompts(run.model, ids, max_tokens, eot)
     writers = [_Writer(run.tokenizer, stop, live if row == 0 else None) for row in range(len(ids))]
     for rows in batches_by_length(ids):
