@@ -145,6 +145,9 @@ def _unigram(tokenizer: SentencePieceTokenizer) -> Any:
     library = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 0, byte_fallback=True))
     replace = [*tokenizer._rewritten, (" ", "\u2581")]
     library.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Replace(a, b) for a, b in replace])
+    # A byte's piece is spelled '<0x0A>', and the library would find it in a text that spells these characters out.
+    spelled = tokenizers.Regex("<(?=0x[0-9A-F]{2}>)")
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split(spelled, "isolated")
     library.decoder = tokenizers.decoders.Sequence(
         [
             tokenizers.decoders.ByteFallback(),
