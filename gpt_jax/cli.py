@@ -23,11 +23,13 @@ COMMANDS = {
     "train": "pre-train, fine-tune: whatever objective the config names",
     "eval": "loss, perplexity and bits per byte over the whole validation split",
     "sample": "generate text from a run",
+    "context": "what a run makes of its context, and of more than that: figures and numbers",
     "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
 _MODULES = {
+    "context": "gpt_jax.context.command",
     "convert": "gpt_jax.convert",
     "sample": "gpt_jax.sample",
 }
