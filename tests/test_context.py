@@ -109,12 +109,17 @@ def test_loss_by_position_and_by_budget_are_what_they_say():
     assert got["rows"] == 3
 
     by_budget = loss_by_budget(model, params, text, budgets=[1, 6], targets=5, batch_size=4)
+    each = {}
     ends = [6, 14, 22, 30, 37]  # evenly spaced from 6, the first with six tokens before it, to the last
     for budget, row in by_budget.items():
         seen = np.stack([text[end - budget : end] for end in np.linspace(6, 37, 5).astype(int)])
         last = np.asarray(apply_of(ROPE)(params, seen).logits)[:, -1]
         values = [nll(x, text[end]) for x, end in zip(last, np.linspace(6, 37, 5).astype(int), strict=True)]
         assert row["loss"] == pytest.approx(np.mean(values), abs=1e-4) and row["tokens"] == len(ends)
+        each[budget] = np.array(values)
+    apart = each[1] - each[6]
+    assert by_budget[1]["difference"] == pytest.approx(apart.mean(), abs=1e-4) and by_budget[6]["difference"] == 0
+    assert by_budget[1]["difference_error"] == pytest.approx(apart.std() / math.sqrt(5), abs=1e-4)
 
 
 # -- truncation ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt_jax.context import figures
 from gpt_jax.context.passkey import retrieval, shortest
-from gpt_jax.context.perplexity import loss_by_budget, loss_by_position, strided_perplexity
+from gpt_jax.context.perplexity import loss_by_budget, loss_by_position, row_losses, strided_perplexity
 from gpt_jax.context.streaming import SINKS, streamed_losses
 from gpt_jax.errors import UserError, choose
 from gpt_jax.files import atomic_write
@@ -162,7 +162,10 @@ def _position(s: Setting) -> Drawn:
 
 def _budget(s: Setting) -> Drawn:
     most = min(_longest(s), len(s.tokens) - 1)
-    rows = loss_by_budget(s.model, s.params, s.tokens, budgets=_octaves(1, most), batch_size=4 * s.batch_size)
+    budgets = sorted({*_octaves(1, most), min(most, s.context)})
+    rows = loss_by_budget(
+        s.model, s.params, s.tokens, budgets=budgets, reference=min(most, s.context), batch_size=4 * s.batch_size
+    )
     return {str(budget): row for budget, row in rows.items()}, lambda path: figures.by_budget(path, rows, s.context)
 
 
@@ -181,14 +184,20 @@ def _streaming(s: Setting) -> Drawn:
     curves = {}
     for name, sinks in ((f"{s.sinks} sinks + {size - s.sinks} newest", s.sinks), (f"{size} newest alone", 0)):
         losses = streamed_losses(s.model, s.params, text, size=size, sinks=sinks)
-        cut = losses[:, : length // piece * piece].reshape(rows, -1, piece)
-        curves[name] = {
-            "loss": float(losses.mean()),
-            "full": float(losses[:, size:].mean()),
-            "pieces": cut.mean((0, 2)).tolist(),
-        }
+        curves[name] = _stream_curve(losses, size, piece)
+    curves["everything, without a limit"] = _stream_curve(row_losses(s.model, s.params, text, 1), size, piece)
     numbers = {"size": size, "streams": rows, "tokens": rows * length, "piece": piece, "curves": curves}
     return numbers, lambda path: figures.streaming(path, {k: c["pieces"] for k, c in curves.items()}, size, piece)
+
+
+def _stream_curve(losses: np.ndarray, size: int, piece: int) -> dict[str, Any]:
+    """Mean loss of all tokens, of those after the cache is full, and of each piece."""
+    cut = losses[:, : losses.shape[1] // piece * piece].reshape(len(losses), -1, piece)
+    return {
+        "loss": float(losses.mean()),
+        "full": float(losses[:, size:].mean()),
+        "pieces": cut.mean((0, 2)).tolist(),
+    }
 
 
 def _passkey(s: Setting) -> Drawn:

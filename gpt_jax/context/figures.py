@@ -83,14 +83,16 @@ def by_budget(path: pathlib.Path, rows: Mapping[int, Mapping[str, float]], conte
 
     def draw(figure: Any, axes: Any) -> None:
         budgets = list(rows)
-        loss, error = (np.array([rows[b][name] for b in budgets]) for name in ("loss", "error"))
+        loss, error = (np.array([rows[b][name] for b in budgets]) for name in ("loss", "difference_error"))
         axes.errorbar(budgets, loss, yerr=2 * error, marker="o", capsize=3, color="tab:blue")
         _power_ticks(axes, budgets)
         axes.axvline(context, color="0.4", linestyle="--", linewidth=1)
         axes.text(
             context, 0.98, "trained context ", transform=axes.get_xaxis_transform(), va="top", ha="right", color="0.3"
         )
-        title = f"The same {rows[budgets[0]]['tokens']:,} targets, with 2 standard errors"
+        title = (
+            f"The same {rows[budgets[0]]['tokens']:,} targets; bars: 2 errors of the difference to the trained context"
+        )
         _clean(axes, "tokens seen before the target", "loss (nats per token)", title)
 
     _save(path, draw)

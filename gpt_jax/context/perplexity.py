@@ -146,15 +146,18 @@ def loss_by_budget(
     *,
     budgets: Sequence[int],
     targets: int = 256,
+    reference: int = 0,
     batch_size: int = 32,
 ) -> dict[int, dict[str, float]]:
     """Loss of the same targets when the model sees exactly their last c tokens, for each budget c.
 
     Args:
       budgets: numbers of tokens. targets: how many, evenly spaced over the text.
+      reference: the budget that the others are compared with, target by target; 0 is the largest.
 
     Returns:
-      {c: {'loss': nats, 'error': its standard error, 'tokens'}}.
+      {c: {'loss': nats, 'error': its standard error, 'difference': to the reference's, 'difference_error': its standard
+      error, far smaller than the loss's, 'tokens'}}.
     """
     text, longest = np.asarray(tokens), max(budgets)
     check_length(model, longest)
@@ -162,7 +165,7 @@ def loss_by_budget(
     if len(text) <= longest:
         raise UserError(f"a text of {len(text)} tokens has no target with {longest} tokens before it.")
     ends = np.unique(np.linspace(longest, len(text) - 1, min(targets, len(text) - longest)).astype(np.int64))
-    out = {}
+    each = {}
     for budget in budgets:
         losses = []
         for at in range(0, len(ends), batch_size):
@@ -170,7 +173,19 @@ def loss_by_budget(
             padded = np.concatenate([part, np.full(batch_size - len(part), part[-1])])
             rows = np.stack([text[end - budget : end] for end in padded]).astype(np.int32)
             losses.append(np.asarray(_last_loss(model, params, rows, text[padded].astype(np.int32)))[: len(part)])
-        values = np.concatenate(losses).astype(np.float64)
-        error = float(values.std() / math.sqrt(len(values)))
-        out[int(budget)] = {"loss": float(values.mean()), "error": error, "tokens": len(values)}
-    return out
+        each[int(budget)] = np.concatenate(losses).astype(np.float64)
+    against = each[reference or longest]
+
+    def error(values: np.ndarray) -> float:
+        return float(values.std() / math.sqrt(len(values)))
+
+    return {
+        budget: {
+            "loss": float(values.mean()),
+            "error": error(values),
+            "difference": float((values - against).mean()),
+            "difference_error": error(values - against),
+            "tokens": len(values),
+        }
+        for budget, values in each.items()
+    }
