@@ -5,7 +5,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from helpers import tiny
@@ -132,7 +131,7 @@ def test_a_file_written_here_is_read_by_the_library_and_back(tmp_path):
     library = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed (extra `peer`)")
     rng = np.random.default_rng(0)
     tensors = {"a": rng.normal(size=(3, 5)), "b": rng.normal(size=(2,)), "empty": np.zeros((0, 4)), "c": np.ones(())}
-    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+    for dtype in (np.float32, np.float16, jnp.bfloat16):
         writer = TensorWriter(tmp_path, {name: value.shape for name, value in tensors.items()}, dtype)
         for name in reversed(tensors):
             writer.write(name, tensors[name])
@@ -228,7 +227,7 @@ def test_every_mesh_gets_the_same_weights(tmp_path, mesh, monkeypatch):
 
 
 def test_bfloat16_and_the_names_of_a_bare_decoder_are_read(tmp_path):
-    tensors = {n.removeprefix("model."): v.astype(ml_dtypes.bfloat16) for n, v in random_llama().items()}
+    tensors = {n.removeprefix("model."): v.astype(jnp.bfloat16) for n, v in random_llama().items()}
     del tensors["lm_head.weight"]
     tensors["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(K // 2, np.float32)
     save_llama(tmp_path / "hf", tensors, tie_word_embeddings=True)
@@ -356,7 +355,7 @@ def test_weights_come_in_the_asked_dtype_and_without_biases_as_zeros(tmp_path):
     save_run(tmp_path / "run", tiny(bias=False))
     to_hf(tmp_path / "hf", tmp_path / "run", dtype="bfloat16", log=silent)
     tensors = Tensors(tmp_path / "hf")
-    assert all(value.dtype == ml_dtypes.bfloat16 for value in tensors.values())
+    assert all(value.dtype == jnp.bfloat16 for value in tensors.values())
     assert not tensors["transformer.h.1.mlp.c_fc.bias"].any() and tensors["transformer.h.1.mlp.c_fc.weight"].any()
 
 
@@ -413,3 +412,44 @@ def test_a_tokenizer_json_begins_texts_as_its_model_expects(tmp_path):
     assert load_tokenizer(tmp_path / "saved").eot == 3
     with pytest.raises(UserError, match="has 4 tokens, but config.json has vocab_size=3"):
         find_tokenizer(tmp_path, "llama", {}, 3)
+
+
+def test_gpt2s_two_files_come_in_and_go_out_as_one(tmp_path):
+    import tokenizers
+
+    from gpt_jax.data.byte_level_bpe import byte_characters
+    from gpt_jax.interop.tokenizer_files import write_tokenizer
+
+    vocabulary = dict(byte_characters()) | {"th": 256, "the": 257, "\u0120the": 258, "<|endoftext|>": 259}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
+    found = find_tokenizer(tmp_path, "gpt2", {"eos_token_id": 259}, 260)
+    assert found.kind == "gpt2" and found.eot == 259 and found.vocab_size == 260
+    assert found.encode("the the").tolist() == [257, 258]
+    assert find_tokenizer(tmp_path, "llama", {}, 260).kind == "ids"  # the same names, other rules
+
+    out = tmp_path / "out"
+    out.mkdir()
+    assert write_tokenizer(found, out, 64) == ""
+    library = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    text = "the other thé 12 <|endoftext|>"
+    assert library.encode("the the, thé 12\n").ids == found.encode("the the, thé 12\n").tolist()
+    assert library.encode(text).ids[-1] == 259  # there the name of a special token is one
+    assert json.loads((out / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+    again = find_tokenizer(out, "gpt2", {"eos_token_id": 259}, 260)
+    assert again.kind == "hf" and again.eot == 259 and again.encode(text).tolist() == found.encode(text).tolist()
+
+
+def test_a_run_that_starts_from_another_keeps_its_own_scaling(tmp_path):
+    from gpt_jax.config import resolve
+    from gpt_jax.run import following_init
+
+    scaling = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    save_llama(tmp_path / "hf", rope_scaling=scaling | dict(original_max_position_embeddings=16))
+    from_hf(tmp_path / "hf", tmp_path / "run", log=silent)
+    tree = {"init": {"from": str(tmp_path / "run")}}
+    follows = following_init(resolve(tree), silent).model
+    assert (follows.rope_scaling, follows.rope_factor, follows.rope_original_context) == ("llama3", 4.0, 16)
+    own = {"positions": "rope", "rope_scaling": "ntk", "rope_factor": 2.0}
+    kept = following_init(resolve(tree | {"model": own}), silent).model
+    assert (kept.rope_scaling, kept.rope_factor, kept.rope_base) == ("ntk", 2.0, 100.0)
