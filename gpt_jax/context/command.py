@@ -140,7 +140,9 @@ def _strided(s: Setting) -> Drawn:
 def scaled_models(model: Transformer, factor: float) -> dict[str, Transformer]:
     """The model under the ways to stretch its rotary positions by `factor`, by name; just itself without them."""
     config = model.config
-    if config.positions != "rope" or config.rope_scaling != "none" or factor <= 1:
+    if config.rope_scaling != "none":
+        return {f"rope, {config.rope_scaling} x {config.rope_factor:g}": model}
+    if config.positions != "rope" or factor <= 1:
         return {f"{config.positions} positions as trained": model}
     named = {"rope as trained": config}
     for kind, name in (("linear", "position interpolation"), ("ntk", "NTK-aware base")):

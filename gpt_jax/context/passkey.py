@@ -105,12 +105,12 @@ def retrieval(
                 check_length(model, length + answer - 1)
                 padded = np.asarray(rows + rows[:1] * (trials - len(rows)), np.int32)
                 right = np.asarray(_right(model, params, padded, answer))[: len(rows)]
-                exact[row, column] += right.all(axis=1).sum() / trials
-                parts[row, column] += right.mean(axis=1).sum() / trials
+                exact[row, column] += right.all(axis=1).sum()
+                parts[row, column] += right.mean(axis=1).sum()
     return {
         "lengths": list(map(int, lengths)),
         "depths": list(map(float, depths)),
         "trials": trials,
-        "exact": exact.tolist(),
-        "tokens": parts.tolist(),
+        "exact": (exact / trials).tolist(),
+        "tokens": (parts / trials).tolist(),
     }
