@@ -150,7 +150,12 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     )
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.abstract.all_params)]
     check_groups(o.groups, names)
-    return Run(config, data, objective, step, batch_sizes(schedule, config.batch_size), tokens_at)
+    run = Run(config, data, objective, step, batch_sizes(schedule, config.batch_size), tokens_at)
+    if config.eval.tasks:
+        from gpt_jax.evaluate import check_tasks
+
+        check_tasks(run)  # an unknown name is told before the first step, not at the first validation
+    return run
 
 
 # How a model is executed or regularised: what a run that starts from another's weights chooses for itself.

@@ -161,6 +161,11 @@ class ModelConfig:
         return {**heads, "out": (q, d), "up": (d, 2 * f if self.ffn == "swiglu" else f), "down": (f, d)}
 
     @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.pattern * (self.num_layers // len(self.pattern))
+
+    @property
     def embed_size(self) -> int:
         """Width of the embeddings."""
         return self.embedding_size or self.d_model

@@ -158,7 +158,7 @@ class Attention(nn.Module):
         else:
             cache = cache.write(layer, k, v)
             causal = mask.kind == "causal"
-            out = attend_cache(q, *cache.read(layer), positions, cache.positions_BxS, variant, causal=causal)
+            out = attend_cache(q, *cache.read(layer), positions, cache.positions(layer), variant, causal=causal)
         std = residual_std(config)
         if config.head_dims:
             flat = jnp.concatenate([out[:, :, h, :size] for h, size in enumerate(config.head_dims)], axis=-1)
