@@ -23,11 +23,13 @@ COMMANDS = {
     "train": "pre-train, fine-tune: whatever objective the config names",
     "eval": "loss, perplexity and bits per byte over the whole validation split",
     "sample": "generate text from a run",
+    "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
 _MODULES = {
     "sample": "gpt_jax.sample",
+    "ablate": "gpt_jax.ablate",
 }
 
 

@@ -167,7 +167,8 @@ def first_state(
         return dataclasses.replace(state, frozen=frozen), latest
     state = run.step.init(run.config.seed)
     if run.config.init.source:
-        params, restored = restore_subset(run.config.init.source, join(state.params, state.frozen))
+        init = run.config.init
+        params, restored = restore_subset(init.source, join(state.params, state.frozen), rename=init.rename)
         log(restored.describe())
         state = run.step.with_params(state, params)
     if jax.tree.leaves(state.frozen):
