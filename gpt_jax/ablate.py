@@ -80,7 +80,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         if bad:
             cell, status = bad[0]
             raise UserError(
-                f"{cell.path} holds {cell.name} of another ablation ({status.why}): give another --workdir, or delete it."
+                f"{cell.path} holds {cell.name} of another ablation ({status.why}): "
+                "give another --workdir, or delete it."
             )
         print(f"{len(cells)} cells, {len(cells) - len(todo)} done already")
         try:

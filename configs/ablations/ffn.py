@@ -10,7 +10,7 @@ def get_config():
 
 def get_ablation():
     return Ablation(
-        question="The article's feed-forward layer is tanh(W2 relu(W1 x)). Does it predict text as well as W2 gelu(W1 x)?",
+        question="The article's feed-forward layer is tanh(W2 relu(W1 x)). Does it predict as well as W2 gelu(W1 x)?",
         config=get_config(),
         arms={
             "gelu": {"model.ffn": "gelu_tanh"},

@@ -54,7 +54,7 @@ def status_of(cell: Cell) -> Status:
         return Status(DONE, "", record)
     changes = compare(record.get("config", {}), to_dict(cell.config))
     keys = [str(change) for change in (*changes.impossible, *changes.numerics) if change.key != "init.from"]
-    return Status(MISMATCHED, "config: " + ("; ".join(keys) or "the run before it is another"), record)
+    return Status(MISMATCHED, "config: " + ("; ".join(keys) or "a run before it is another"), record)
 
 
 def check_data(cells: Sequence[Cell], statuses: Sequence[Status]) -> list[Status]:
@@ -84,14 +84,15 @@ def run_cell(cell: Cell, measures: Sequence[str] = (), log: Callable[[str], None
     Raises:
       UserError: whatever is wrong with its config; the cell's folder holds a run of another config.
     """
-    if cell.before is not None and (code := _run_before(cell.before, log)):
-        return code
+    for before in cell.before:
+        if code := _run_before(before, log):
+            return code
     started = time.monotonic()
     if code := _train(cell.config, cell.path, log):
         return code
     values = final_values(cell.path, cell.config.steps)
     for name in measures:
-        values |= import_path(name)(cell.path, cell.seed)
+        values |= import_path(name)(cell)
     record = {
         "arm": cell.arm,
         "seed": cell.seed,
@@ -238,11 +239,12 @@ def flops_per_step(cell: Cell) -> float | None:
 
 
 def _flops_before(cell: Cell) -> float:
-    """The arithmetic of the whole run before a cell."""
-    if cell.before is None:
+    """The arithmetic of the whole run that a cell starts from."""
+    if not cell.start:
         return 0.0
-    record = json.loads((cell.before.path / FILE).read_text())
-    return (record.get("flops_per_step") or 0.0) * cell.before.config.steps
+    before = cell.run_before(cell.start)
+    record = json.loads((before.path / FILE).read_text())
+    return (record.get("flops_per_step") or 0.0) * before.config.steps
 
 
 def _flops(config: Config) -> float | None:
@@ -250,7 +252,7 @@ def _flops(config: Config) -> float | None:
     from gpt_jax.run import build_run
 
     plain = dataclasses.replace(config.model, unroll=0, remat="none")
-    plain = dataclasses.replace(config, model=plain, microbatches=1, init=dataclasses.replace(config.init))
+    plain = dataclasses.replace(config, model=plain, microbatches=1)
     cost = build_run(plain, log=lambda line: None).step.lower().cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     return float(cost["flops"]) if cost and "flops" in cost else None

@@ -14,7 +14,8 @@ Arms may also come from the algebra of grids, lists of overrides: `product(over(
 over("model.num_heads", 2, 4))`, `zipped` (in step) and `chain` (one after the other).
 
 A run that must come before (pre-training, a reference model) is named in `before`; an arm starts from it by
-{"init.from": "@NAME"} and changes it by {"@NAME.steps": 100}. Arms that ask for the same one share it, by seed.
+{"init.from": "@NAME"} and changes it by {"@NAME.steps": 100}. Its seed is the cell's, unless its config sets one above
+0. Cells that ask for the same one share it.
 """
 
 from __future__ import annotations
@@ -86,8 +87,10 @@ class Ablation:
         what `measures` adds. The first is the one the figures show.
       baseline: the arm that others are compared with; "" is the first.
       seeds: how many; first_seed: the first of them. Each arm runs under each.
-      before: configs of runs that come first, by name.
-      measures: import paths of functions (workdir of a finished cell, seed) -> {name: value}.
+      against: arms that are compared with other arms than the baseline, {arm: (arm, ...)}: of several the first that
+        has the metric. What others are compared with is not tested itself.
+      before: configs of runs that come first, by name. always: those that every cell needs, for its measures.
+      measures: import paths of functions of a finished Cell -> {name: value}.
       reading: what a reader should know, e.g. what is not comparable.
     """
 
@@ -98,7 +101,9 @@ class Ablation:
     baseline: str = ""
     seeds: int = 5
     first_seed: int = 1
+    against: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    always: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
     reading: str = ""
 
@@ -114,6 +119,12 @@ class Ablation:
         object.__setattr__(self, "arms", {str(name): dict(entry) for name, entry in arms.items()})
         object.__setattr__(self, "baseline", self.baseline or next(iter(self.arms)))
         choose("the ablation's baseline", self.baseline, self.arms)
+        for arm, others in self.against.items():
+            choose("an arm of `against`", arm, self.arms)
+            for other in others:
+                choose(f"what the arm {arm!r} is compared with", other, self.arms)
+        for name in self.always:
+            choose("a run of `always`", name, self.before)
         if self.seeds < 1:
             raise UserError(f"seeds is {self.seeds}; an ablation needs at least 1, and 2 for an interval.")
 
@@ -129,14 +140,20 @@ class Before:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of the grid. Attributes: index among all cells; arm, seed; its config, place, and the run before it."""
+    """One run of the grid.
+
+    Attributes:
+      index: among all cells. arm, seed, config, path: of the run. before: the runs it needs; start: the name of the
+        one of them whose weights it starts from, or "".
+    """
 
     index: int
     arm: str
     seed: int
     config: Config
     path: pathlib.Path
-    before: Before | None = None
+    before: tuple[Before, ...] = ()
+    start: str = ""
 
     @property
     def name(self) -> str:
@@ -144,8 +161,13 @@ class Cell:
 
     @property
     def identity(self) -> str:
-        """A hash of all of its config (and that of the run before it) that numbers depend on."""
-        return content_hash([identity(self.config), identity(self.before.config) if self.before else ""])
+        """A hash of all of its config (and those of the runs before it) that numbers depend on."""
+        return content_hash([identity(self.config), *(identity(b.config) for b in self.before)])
+
+    def run_before(self, name: str) -> Before:
+        """Returns the run of that name; raises UserError if this cell has none."""
+        choose(f"a run before {self.name}", name, [b.name for b in self.before])
+        return next(b for b in self.before if b.name == name)
 
 
 def load_ablation(
@@ -154,7 +176,7 @@ def load_ablation(
     """Reads an ablation file by path or name.
 
     Args:
-      overrides: of the config of every arm, {"steps": "50"}; "@NAME.steps" changes the run before.
+      overrides: of the config of every arm, {"steps": "50"}, before what arms set; "@NAME.steps" changes a run before.
       seeds: instead of the file's; 0 keeps it. arms: only these (the baseline is always kept); () is all.
 
     Raises:
@@ -165,13 +187,21 @@ def load_ablation(
     if not isinstance(ablation, Ablation):
         raise UserError(f"{path}: get_ablation() returned {type(ablation).__name__}, not an Ablation.")
     if overrides:
-        shared = dict(overrides)
-        ablation = dataclasses.replace(ablation, arms={n: {**shared, **own} for n, own in ablation.arms.items()})
+        changed = {name: {**own, **overrides} for name, own in ablation.arms.items()}
+        first: dict[str, str] = {}
+        for name, own in changed.items():
+            other = first.setdefault(repr(sorted(own.items(), key=lambda item: item[0])), name)
+            if other != name:
+                keys = ", ".join(f"--config.{key}" for key in overrides)
+                raise UserError(f"{keys}: the arms {other!r} and {name!r} would be the same.")
+        ablation = dataclasses.replace(ablation, arms=changed)
     for arm in arms:
         choose("--arm", arm, ablation.arms)
     if arms:
-        kept = {n: own for n, own in ablation.arms.items() if n in arms or n == ablation.baseline}
-        ablation = dataclasses.replace(ablation, arms=kept)
+        wanted = {*arms, ablation.baseline, *(o for a in arms for o in ablation.against.get(a, ()))}
+        kept = {n: own for n, own in ablation.arms.items() if n in wanted}
+        against = {arm: other for arm, other in ablation.against.items() if arm in kept}
+        ablation = dataclasses.replace(ablation, arms=kept, against=against)
     return dataclasses.replace(ablation, seeds=seeds) if seeds else ablation
 
 
@@ -188,12 +218,14 @@ def cells_of(ablation: Ablation, workdir: str | pathlib.Path) -> list[Cell]:
         for arm, overrides in ablation.arms.items():
             own = {key: value for key, value in overrides.items() if not key.startswith("@")}
             config = _resolve(ablation.config, own, seed, arm)
-            before = None
-            if config.init.source.startswith("@"):
-                before = _before(ablation, config.init.source[1:], overrides, seed, workdir, arm)
-                config = dataclasses.replace(config, init=dataclasses.replace(config.init, source=str(before.path)))
+            start = config.init.source[1:] if config.init.source.startswith("@") else ""
+            names = dict.fromkeys([*ablation.always, *([start] if start else [])])
+            before = tuple(_before(ablation, name, overrides, seed, workdir, arm) for name in names)
+            if start:
+                source = next(str(b.path) for b in before if b.name == start)
+                config = dataclasses.replace(config, init=dataclasses.replace(config.init, source=source))
             path = workdir / "cells" / slugs[arm] / f"seed{seed}"
-            cells.append(Cell(len(cells), arm, seed, config, path, before))
+            cells.append(Cell(len(cells), arm, seed, config, path, before, start))
     return cells
 
 
@@ -201,7 +233,8 @@ def _before(ablation: Ablation, name: str, overrides: Overrides, seed: int, work
     choose(f"init.from of the arm {arm!r}", f"@{name}", [f"@{n}" for n in ablation.before])
     prefix = f"@{name}."
     own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-    config = _resolve(ablation.before[name], own, seed, f"@{name}")
+    tree = ablation.before[name]
+    config = _resolve(tree, own, tree["seed"] if tree.get("seed", 0) > 0 else seed, f"@{name}")
     return Before(name, config, workdir / "before" / f"{_slug(name)}-{identity(config)[:12]}")
 
 

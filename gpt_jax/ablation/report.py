@@ -33,13 +33,11 @@ def study_page(study: Study) -> tuple[Page, dict[str, Any]]:
     """Returns the page of a study, and {metric: {arm: numbers}}."""
     page = Page(study.title)
     page.text(study.question)
-    counts = {arm: len(runs) for arm, runs in study.results.items()}
+    counts = [len(runs) for runs in study.results.values()]
+    seeds = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     page.text(
-        f"{len(counts)} arms, {min(counts.values())} to {max(counts.values())} seeds each, which arms share: initial "
-        f"weights, order of the data, masks. Compared with **{study.baseline}**."
-        if min(counts.values()) != max(counts.values())
-        else f"{len(counts)} arms, {max(counts.values())} seeds each, which arms share: initial weights, order of the "
-        f"data, masks. Compared with **{study.baseline}**."
+        f"{len(counts)} arms, {seeds} seeds each, which arms share: initial weights, order of the data, masks. "
+        + ("" if study.against else f"Compared with **{study.baseline}**.")
     )
     if study.reading:
         page.text(study.reading)
@@ -53,15 +51,15 @@ def study_page(study: Study) -> tuple[Page, dict[str, Any]]:
         return page, {}
     page.heading("Reading")
     for metric, rows in compared.items():
-        page.text(f"**{metric}**: {sentence(rows, study.baseline)}")
+        page.text(f"**{metric}**: {sentence(rows)}")
     for number, (metric, rows) in enumerate(compared.items()):
         page.heading(metric)
-        page.table(*comparison_table(rows, study.baseline))
+        page.table(*comparison_table(rows))
         page.picture(
             f"metric-{number}",
-            plot_comparison(rows, metric, study.baseline),
-            f"{metric}: each seed, the mean and its 95% interval; at the right the differences from "
-            f"{study.baseline} within seeds.",
+            plot_comparison(rows, metric),
+            f"{metric}: each seed, the mean and its 95% interval; at the right the differences within seeds, filled "
+            "where the arm differs.",
         )
     page.heading("Curves")
     metric = curve_metric(study, next(iter(compared)))
@@ -84,7 +82,7 @@ def study_page(study: Study) -> tuple[Page, dict[str, Any]]:
 
 METHOD = (
     "Intervals are 95% Student intervals over seeds. The test is Student's paired t on differences within a seed; p "
-    f"(Holm) is corrected over the arms of a metric, not over metrics. An arm **differs** where it is at most {ALPHA:g}. "
+    f"(Holm) is corrected over the arms of a metric, not over metrics. An arm **differs** where it is at most {ALPHA}. "
     "Not to differ is not to be equal: the interval of the difference says how large a difference these seeds leave "
     "open. 'Seeds needed' is how many pairs would find a difference of the observed size, in its observed scatter, in "
     "80% of experiments at the level that the strictest of Holm's tests "
@@ -93,12 +91,15 @@ METHOD = (
 )
 
 
-def sentence(rows: Sequence[Comparison], baseline: str) -> str:
+def sentence(rows: Sequence[Comparison]) -> str:
     """What differs beyond chance and what does not, in words."""
-    parts = []
+    parts, others = [], {row.other for row in rows if row.other}
     for row in rows:
         if row.paired is None:
+            if row.dropped:
+                parts.append(f"{row.arm} is not finite with seeds {', '.join(map(str, row.dropped))}")
             continue
+        than = f" than {row.other}" if len(others) > 1 else ""
         d = row.paired.difference
         size = f"{float(d.mean):+.4g}"
         if row.dropped:
@@ -106,26 +107,44 @@ def sentence(rows: Sequence[Comparison], baseline: str) -> str:
         if math.isnan(row.p_holm):
             parts.append(f"{row.arm}: {size} from one seed, which tests nothing")
         elif row.differs:
-            parts.append(f"{row.arm} is {'lower' if d.mean < 0 else 'higher'} ({size} [{d.low:+.4g}, {d.high:+.4g}])")
+            parts.append(
+                f"{row.arm} is {'lower' if d.mean < 0 else 'higher'}{than} ({size} [{d.low:+.4g}, {d.high:+.4g}])"
+            )
         else:
             more = f"; a difference of that size would need {row.seeds_needed:,} seeds" if row.seeds_needed else ""
-            parts.append(f"{row.arm} does not differ ({size} [{d.low:+.4g}, {d.high:+.4g}]{more})")
-    return "; ".join(parts) + "." if parts else f"only {baseline} has values."
+            than = than.replace(" than", " from")
+            parts.append(f"{row.arm} does not differ{than} ({size} [{d.low:+.4g}, {d.high:+.4g}]{more})")
+    return "; ".join(parts) + "." if parts else "nothing to compare."
 
 
-def comparison_table(rows: Sequence[Comparison], baseline: str) -> tuple[tuple[str, ...], list[tuple]]:
-    header = ("arm", "n", "mean", "95% interval", "difference", "its 95% interval", "p", "p (Holm)", "", "seeds needed")
+def comparison_table(rows: Sequence[Comparison]) -> tuple[tuple[str, ...], list[tuple]]:
+    several = len({row.other for row in rows if row.other}) > 1
+    header = (
+        "arm",
+        "n",
+        "mean",
+        "95% interval",
+        "difference from its own" if several else "difference",
+        "its 95% interval",
+        "p",
+        "p (Holm)",
+        "",
+        "seeds needed",
+    )
     out = []
     for row in rows:
         i = row.interval
         cells = [row.arm, i.n, float(i.mean), _range(i, "")]
         if row.paired is None:
-            out.append((*cells, None, "", None, None, "baseline" if row.arm == baseline else "", None))
+            verdict = f"{len(row.dropped)} not finite" if row.dropped else "" if row.other else "compared with"
+            out.append((*cells, None, "", None, None, verdict, None))
             continue
         d = row.paired.difference
         verdict = "" if math.isnan(row.p_holm) else ("**differs**" if row.differs else "does not differ")
         if row.dropped:
             verdict += f" ({len(row.dropped)} not finite)"
+        if several:
+            verdict += f" (from {row.other})"
         numbers = (f"{float(d.mean):+.4f}", _range(d, "+"), _p(row.paired.p), _p(row.p_holm))
         out.append((*cells, *numbers, verdict, row.seeds_needed))
     return header, out
@@ -183,7 +202,7 @@ def unit_of(metric: str) -> str:
     return _UNITS.get(metric.rpartition("/")[2], metric)
 
 
-def plot_comparison(rows: Sequence[Comparison], metric: str, baseline: str) -> bytes:
+def plot_comparison(rows: Sequence[Comparison], metric: str) -> bytes:
     """Seeds, means and intervals by arm; beside them the paired differences. PNG."""
     height = 1.4 + 0.45 * len(rows)
     figure, (left, right) = new_figure(10.5, height, 1, 2, sharey=True)
@@ -192,17 +211,15 @@ def plot_comparison(rows: Sequence[Comparison], metric: str, baseline: str) -> b
         left.plot(list(row.values.values()), [y] * len(row.values), "o", color=color, alpha=0.35, markersize=5)
         _bar(left, row.interval, y, color)
         if row.paired is not None:
-            common = [seed for seed in row.values if seed in rows[0].values]
-            base = next((r for r in rows if r.arm == baseline), None)
-            if base is not None:
-                gaps = [row.values[s] - base.values[s] for s in common if s in base.values]
-                right.plot(gaps, [y] * len(gaps), "o", color=color, alpha=0.35, markersize=5)
+            right.plot(row.gaps, [y] * len(row.gaps), "o", color=color, alpha=0.35, markersize=5)
             _bar(right, row.paired.difference, y, color, filled=row.differs)
     right.axvline(0, color="0.4", linewidth=1, linestyle="--")
     left.set_yticks(range(len(rows)), [_short(row.arm) for row in rows])
     left.invert_yaxis()
     left.set_xlabel(unit_of(metric))
-    right.set_xlabel(f"difference from {_short(baseline)} ({unit_of(metric)})")
+    others = {row.other for row in rows if row.other}
+    other = _short(next(iter(others))) if len(others) == 1 else "its own comparison"
+    right.set_xlabel(f"difference from {other} ({unit_of(metric)})")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
         axes.margins(y=0.25 if len(rows) < 3 else 0.1)

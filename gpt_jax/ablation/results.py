@@ -72,15 +72,23 @@ class Study:
     mismatched: Sequence[tuple[str, str]] = ()
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     reading: str = ""
+    against: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+    def compared_with(self, arm: str) -> Sequence[str]:
+        """The arms that an arm is tested against, the first that has the metric; () if others are tested against it."""
+        others = {other for several in self.against.values() for other in several}
+        return self.against.get(arm, () if arm == self.baseline or arm in others else (self.baseline,))
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """An arm's metric beside the baseline's.
+    """An arm's metric beside another's.
 
     Attributes:
       interval: of the arm, over its seeds. values: {seed: value}. dropped: seeds whose value is not finite.
-      paired: differences on common seeds, None for the baseline. p_holm: adjusted over the arms of this metric.
+      other: the arm it is compared with, "" for one that others are compared with.
+      paired: differences on common seeds, None without any. gaps: those differences.
+      p_holm: adjusted over the arms of this metric.
       seeds_needed: pairs that find a difference of the observed size at 80% power, at the level that Holm asks of the
         hardest case (alpha / number of arms).
     """
@@ -89,7 +97,9 @@ class Comparison:
     interval: statistics.Interval
     values: Mapping[int, float]
     dropped: tuple[int, ...] = ()
+    other: str = ""
     paired: statistics.Paired | None = None
+    gaps: tuple[float, ...] = ()
     p_holm: float = math.nan
     seeds_needed: int | None = None
 
@@ -99,21 +109,21 @@ class Comparison:
 
 
 def compare(study: Study, metric: str, confidence: float = 0.95) -> list[Comparison]:
-    """Compares every arm with the baseline on one metric; arms without a value of it are left out."""
+    """Compares arms on one metric, each with the one it is set against; arms without a value of it are left out."""
     found = {arm: _finite(runs, metric) for arm, runs in study.results.items()}
-    base, _ = found.get(study.baseline, ({}, ()))
     rows = []
     for arm, (values, dropped) in found.items():
-        if not values:
+        if not values and not dropped:
             continue
-        interval = statistics.mean_interval(np.array(list(values.values())), confidence)
-        paired = None
-        if arm != study.baseline:
-            common = [seed for seed in values if seed in base]
-            if common:
-                pairs = [[side[seed] for seed in common] for side in (values, base)]
-                paired = statistics.paired_test(*pairs, confidence)
-        rows.append(Comparison(arm, interval, values, dropped, paired))
+        interval = statistics.mean_interval(np.array(list(values.values()) or [np.nan]), confidence)
+        paired, gaps = None, ()
+        other = next((o for o in study.compared_with(arm) if found.get(o, ({},))[0]), "")
+        base = found[other][0] if other else {}
+        if common := [seed for seed in values if seed in base]:
+            pairs = [[side[seed] for seed in common] for side in (values, base)]
+            paired = statistics.paired_test(*pairs, confidence)
+            gaps = tuple(a - b for a, b in zip(*pairs, strict=True))
+        rows.append(Comparison(arm, interval, values, dropped, other, paired, gaps))
     tested = [row for row in rows if row.paired is not None]
     adjusted = statistics.holm([float(row.paired.p) for row in tested]) if tested else []
     for row, p in zip(tested, adjusted, strict=True):
@@ -157,6 +167,7 @@ def collect(ablation: Ablation, cells: Sequence[Cell], title: str) -> tuple[Stud
         mismatched,
         ablation.arms,
         ablation.reading,
+        ablation.against,
     )
     return study, statuses
 
