@@ -24,12 +24,14 @@ COMMANDS = {
     "eval": "loss, perplexity and bits per byte over the whole validation split",
     "sample": "generate text from a run",
     "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
+    "inspect": "look into a checkpoint: attention, logit lens, heads, patching, attribution",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
 _MODULES = {
     "sample": "gpt_jax.sample",
     "ablate": "gpt_jax.ablate",
+    "inspect": "gpt_jax.inspect.command",
 }
 
 
