@@ -19,7 +19,8 @@ body { max-width: 80rem; } .about { color: #555; margin: .25rem 0 .5rem; }
 .side { display: flex; gap: 1.5rem; flex-wrap: wrap; align-items: flex-start; }
 .maps { display: flex; flex-wrap: wrap; gap: .4rem; max-width: 26rem; } .maps figure { margin: 0; text-align: center; }
 .maps figcaption { font-size: .72rem; } canvas.small { width: 72px; height: 72px; border: 1px solid #ccc;
-       cursor: pointer; image-rendering: pixelated; } canvas.on { outline: 2px solid #d99a00; } canvas#map { border: 1px solid #bbb; }
+       cursor: pointer; image-rendering: pixelated; } canvas.on { outline: 2px solid #d99a00; }
+       canvas#map { border: 1px solid #bbb; }
 .axis { font-size: .85rem; color: #555; } table.grid td, table.grid th { padding: .25rem; text-align: center;
        border: 1px solid #eee; font-size: .78rem; font-weight: 400; } td.click { cursor: pointer; }
 table.lens td, table.lens th { padding: .1rem .25rem; border: 1px solid #eee; font-size: .7rem; white-space: nowrap;
