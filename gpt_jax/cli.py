@@ -25,6 +25,8 @@ COMMANDS = {
     "sample": "generate text from a run",
     "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
     "inspect": "look into a checkpoint: attention, logit lens, heads, patching, attribution",
+    "rerun": "repeat the first steps of a run: is every number the same?",
+    "replay": "repeat one step of a run: its rows, norms, and what first was not finite",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
@@ -32,6 +34,8 @@ _MODULES = {
     "sample": "gpt_jax.sample",
     "ablate": "gpt_jax.ablate",
     "inspect": "gpt_jax.inspect.command",
+    "rerun": "gpt_jax.forensics.rerun",
+    "replay": "gpt_jax.forensics.replay",
 }
 
 

@@ -137,6 +137,7 @@ class LogConfig:
     console_every_steps: int = option(10, "a line on the console every so many steps")
     tensorboard: bool = option(True, "write TensorBoard events")
     wandb: str = option("", "a Weights & Biases project (extra `wandb`); empty is off")
+    spike_z: float = option(6.0, "keep the batch, norms and row losses of a step whose z-score is above; 0 is off")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,6 @@ _CALLS = {
     "custom_jvp_call",
     "custom_vjp_call",
 }
-_CONSTANT = -1  # the origin of what is not finite by itself: a literal -inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Culprit:
       order: of its operation among all. what: "operation" or "input". phase: prepare | forward | backward | optimizer |
         input. layer: of the model, or None. module: path inside the layer or the model, e.g. "attention" or
         "final_norm"; "loss" outside the model; of an input its name. operation, shape, dtype: of the tensor.
-      kind: "nan", "inf" or both. rows: of the batch; tokens: of its rows; [] where the tensor has no such axis.
+      kind: "nan", "inf" or both. rows: of the batch; tokens: of its rows; () where the tensor has no such axis.
+      constant: it came in as a constant of the program (a mask's -inf): blamed only where nothing else is to blame.
     """
 
     order: int
@@ -52,6 +52,7 @@ class Culprit:
     kind: str
     rows: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
+    constant: bool = False
 
     def sentence(self) -> str:
         """The culprit in words."""
@@ -69,6 +70,11 @@ class _Walk:
     order: int = 0
     culprits: list[Culprit] = dataclasses.field(default_factory=list)
     sizes: tuple[int, int] = (0, 0)  # rows, tokens
+
+    def first(self, origins: Sequence[int | None]) -> int | None:
+        """The origin to blame among several."""
+        known = [origin for origin in origins if origin is not None]
+        return min(known, key=lambda o: (self.culprits[o].constant, self.culprits[o].order), default=None)
 
 
 def first_bad(
@@ -89,8 +95,8 @@ def first_bad(
             origins[-1] = len(walk.culprits) - 1
     consts = [(value, None) for value in closed.consts]
     results = _evaluate(closed.jaxpr, consts, list(zip(arguments, origins, strict=True)), "", None, walk)
-    blamed = [origin for _, origin in results if origin is not None and origin != _CONSTANT]
-    return min((walk.culprits[o] for o in blamed), key=lambda c: c.order, default=None)
+    blamed = walk.first([origin for _, origin in results])
+    return None if blamed is None else walk.culprits[blamed]
 
 
 def _evaluate(jaxpr: Any, consts: list, arguments: list, prefix: str, repetition: int | None, walk: _Walk) -> list:
@@ -99,7 +105,7 @@ def _evaluate(jaxpr: Any, consts: list, arguments: list, prefix: str, repetition
 
     def read(atom: Any) -> tuple[Any, int | None]:
         if hasattr(atom, "val"):
-            return atom.val, _CONSTANT if _kind(atom.val) is not None else None
+            return atom.val, None
         return env[atom]
 
     for variables, pairs in ((jaxpr.constvars, consts), (jaxpr.invars, arguments)):
@@ -142,24 +148,24 @@ def _one(eqn: Any, inputs: list, name: str, repetition: int | None, walk: _Walk)
         branch = eqn.params["branches"][int(np.clip(int(inputs[0][0]), 0, len(eqn.params["branches"]) - 1))]
         consts = [(c, None) for c in branch.consts]
         return _evaluate(branch.jaxpr, consts, inputs[1:], name, repetition, walk)
-    functions, parameters = eqn.primitive.get_bind_params(eqn.params)
-    result = eqn.primitive.bind(*functions, *(value for value, _ in inputs), **parameters)
+    parameters = eqn.primitive.get_bind_params(eqn.params)
+    functions, parameters = parameters if isinstance(parameters, tuple) else ((), parameters)  # other versions of jax
+    with eqn.ctx.manager:
+        result = eqn.primitive.bind(*functions, *(value for value, _ in inputs), **parameters)
     results = list(result) if eqn.primitive.multiple_results else [result]
     walk.order += 1
-    known = [origin for _, origin in inputs if origin is not None]
-    real = [origin for origin in known if origin != _CONSTANT]
+    before = walk.first([origin for _, origin in inputs])
+    constant = any(origin is None and _kind(value) is not None for value, origin in inputs) or not inputs
     out = []
     for value in results:
         kind, origin = _kind(value), None
         if kind is not None:
-            if real:
-                origin = min(real, key=lambda o: walk.culprits[o].order)
-            elif known or not inputs:
-                origin = _CONSTANT
-            else:
+            origin = before
+            if origin is None:
                 phase, layer, module = locate(name, repetition, walk.period)
                 operation = _operation(primitive, module, value)
                 walk.culprits.append(_culprit(walk, value, kind, "operation", phase, layer, module, operation))
+                walk.culprits[-1] = dataclasses.replace(walk.culprits[-1], constant=constant)
                 origin = len(walk.culprits) - 1
         out.append((value, origin))
     return out
@@ -183,10 +189,7 @@ def _scan(eqn: Any, inputs: list, name: str, walk: _Walk) -> list:
     ys = []
     for place in stacked:
         pairs = place[::-1] if p["reverse"] else place
-        bad = [origin for _, origin in pairs if origin is not None]
-        real = [origin for origin in bad if origin != _CONSTANT]
-        origin = min(real, key=lambda o: walk.culprits[o].order) if real else (bad[0] if bad else None)
-        ys.append((jnp.stack([value for value, _ in pairs]), origin))
+        ys.append((jnp.stack([value for value, _ in pairs]), walk.first([origin for _, origin in pairs])))
     return [*carry, *ys]
 
 
