@@ -24,6 +24,7 @@ from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb
 from gpt_jax.model.config import count_parameters
 from gpt_jax.report import write_report
+from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.step import TrainState, join
@@ -255,6 +256,7 @@ def finish(
             directory.write_json("baselines.json", known)
         if values:
             directory.write_json("evaluation.json", {k.removeprefix("valid/"): v for k, v in values.items()})
+        directory.write_json("memory.json", describe_memory(run.step))
         report = write_report(directory.path, evaluation=directory.read_json("evaluation.json"), baselines=known)
         summary |= {**values, **(known or {}), "report": str(report)}
         log(f"finished {done} steps in {seconds:.0f} s; report: {report}")

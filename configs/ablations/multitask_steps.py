@@ -3,7 +3,8 @@
 from gpt_jax.ablation import Ablation
 from gpt_jax.ablation.presets import tiny_text
 
-DOCSTRINGS = dict(name="supervised", data={"tasks": ("python_docstrings",)}, max_new=8)
+TASK = ({"name": "python_docstrings", "size": 2500},)
+DOCSTRINGS = dict(name="supervised", data={"tasks": TASK}, max_new=8)
 KINDS = dict(name="classify", data={"tasks": ("python_kinds",)})
 
 

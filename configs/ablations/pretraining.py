@@ -12,8 +12,9 @@ RTD = dict(name="replaced_token", coefs={"mlm": 1.0, "rtd": 50.0}, fraction=0.25
 
 
 def get_config():
-    config = tiny_task(dict(name="classify", coefs={"classify": 1.0, "lm": 0.0}), ("python_kinds",), 120)
+    config = tiny_task(dict(name="classify", coefs={"classify": 1.0}), ("python_kinds",), 120)
     config.optimizer.learning_rate = 0.01
+    config.data.corpus = "python_source"  # of the tokenizer: that of the pre-training
     return config
 
 
