@@ -98,6 +98,19 @@ def test_heads_that_look_a_fixed_distance_back_do_not_pass_for_induction():
     assert worst < 0.1
 
 
+def test_reach_is_the_mean_distance_of_what_is_looked_at():
+    model, batch = subject(), tokens(3)
+    weights = np.stack([forward.attention_maps(model, row) for row in batch], axis=1)
+    expected = np.zeros((2, 4))
+    beyond = np.zeros((2, 4))
+    for i in range(12):
+        for j in range(i + 1):
+            expected += weights[:, :, :, i, j].mean(1) * (i - j) / 12
+            beyond += weights[:, :, :, i, j].mean(1) * (i - j >= 5) / 12
+    np.testing.assert_allclose(heads.reach(model, batch), expected, atol=1e-4)
+    np.testing.assert_allclose(heads.reach(model, batch, window=5), beyond, atol=1e-5)
+
+
 def test_importance_is_the_mean_slope_of_the_loss_by_finite_differences():
     model, batch = subject(), tokens(3)
     got = heads.head_importance(model, batch)

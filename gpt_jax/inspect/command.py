@@ -115,6 +115,7 @@ def _of_a_language_model(
     late = len(losses) // 2
     return {
         "patterns": patterns,
+        "reach": heads.reach(subject, batch),
         "importance": heads.head_importance(subject, batch),
         "zero_ablation": heads.ablate_heads(subject, batch, "zero"),
         "mean_ablation": heads.ablate_heads(subject, batch, "mean"),
@@ -217,6 +218,9 @@ def page_data(run: Loaded, numbers: Mapping[str, Any], name: str) -> dict[str, A
     }
     for score in _SCORES:
         data["measures"][score] = dict(values=patterns[score], signed=False, scale=1.0, unit="", about=about[score])
+    data["measures"]["reach"] = dict(
+        values=numbers["reach"], signed=False, scale=None, unit="tokens", about="Mean distance of what a head looks at."
+    )
     for key, text in (
         ("importance", "E |dL/dxi|: how fast the loss moves with the head's gate (Michel et al. 2019)."),
         ("zero_ablation", "Rise of the loss when the head's output is 0."),
@@ -249,7 +253,7 @@ def _best(numbers: Mapping[str, Any]) -> dict[str, Any]:
 def _lines(numbers: Mapping[str, Any]) -> str:
     if "patterns" not in numbers:
         return "the objective sees both sides: attention and lens only"
-    names = (*_SCORES, "importance", "zero_ablation", "mean_ablation")
+    names = (*_SCORES, "reach", "importance", "zero_ablation", "mean_ablation")
     rows = ["head   " + "  ".join(name.rjust(13) for name in names)]
     tables = [numbers["patterns"][n] if n in _SCORES else numbers[n] for n in names]
     for layer in range(tables[0].shape[0]):

@@ -93,6 +93,19 @@ def head_patterns(
     return out | {"first_loss": float(np.mean(first)), "second_loss": float(np.mean(second))}
 
 
+def reach(subject: Subject, tokens_BxT: Any, window: int = 0) -> np.ndarray:
+    """How far back heads look on texts, [L, H]: mean distance to a key in tokens, weighted by attention.
+
+    Args:
+      window: above 0, instead the part of attention at that distance or further: what a band of `window` would hide.
+    """
+    weights = subject(tokens_BxT, Taps(collect=("attention",))).intermediates["attention"]
+    T = weights.shape[-1]
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)
+    measured = (distance >= window) if window else jnp.maximum(distance, 0)
+    return np.asarray(jnp.mean(jnp.sum(weights * measured, axis=-1), axis=(1, 3)))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _loss(model: Any, params: Any, tokens: Array, gates: Array, fill: Array | None, causal: bool) -> Array:
     """Mean loss of texts [B, T] under gates [L, H]."""
