@@ -111,8 +111,9 @@ def test_what_is_masked_away_is_not_blamed():
 
 
 def test_a_fault_of_the_backward_pass_is_named_so():
-    found = trace(jax.grad(lambda x: jnp.sum(jnp.sqrt(x))), jnp.ones((4, 3)).at[1, 2].set(0.0))
-    assert found.phase == "backward" and found.rows == (1,) and found.tokens == (2,)
+    factor = jnp.ones((4, 3)).at[1, 2].set(1e20)  # its square overflows, times 1e-30 it does not
+    found = trace(jax.grad(lambda x: jnp.sum(x * factor * factor)), jnp.full((4, 3), 1e-30))
+    assert found.operation == "mul" and found.phase == "backward" and found.rows == (1,) and found.tokens == (2,)
 
 
 def test_the_turn_of_a_loop_is_the_layer():

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +221,53 @@ def test_the_command_writes_numbers_and_a_page_that_needs_no_network(trained, ca
     assert numbers["patching"]["tokens"][5:] == ["c/d", "a/o", "t/g"]
     page = (trained / "inspect" / "inspect.html").read_text()
     assert "const DATA = {" in page and not re.search(r"""(src|href)\s*=|fetch\(|https?://|import """, page)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+USE = """
+const say = (name, value) => document.body.setAttribute("data-" + name, value);
+const select = document.querySelector('select[aria-label="layer"]');
+select.value = "1";
+select.dispatchEvent(new Event("change"));
+const map = document.getElementById("map"), size = map.width / DATA.tokens.length;
+const move = new MouseEvent("mousemove", { clientX: map.getBoundingClientRect().x + 2.5 * size,
+  clientY: map.getBoundingClientRect().y + 5.5 * size });
+map.dispatchEvent(move);
+say("tip", document.querySelector(".tip").textContent);
+say("on", document.querySelector("canvas.on").dataset.head);
+const measure = document.querySelector('select[aria-label="measure"]');
+measure.value = "1";
+measure.dispatchEvent(new Event("change"));
+const cell = document.querySelectorAll("td.click")[3];
+cell.dispatchEvent(new MouseEvent("mousemove", {}));
+say("cell", document.querySelector(".tip").textContent);
+cell.dispatchEvent(new MouseEvent("click", {}));
+say("clicked", document.querySelector("canvas.on").dataset.head);
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome to open the page in")
+def test_a_person_can_hover_and_choose(trained, tmp_path, capsys):
+    arguments = ["--clean=the cat", "--corrupt=the dog", "--answers", "s", "l", f"--other={trained}"]
+    assert cli.main(["inspect", f"--workdir={trained}", "--tokens=12", "--texts=1", *arguments]) == 0
+    page = (trained / "inspect" / "inspect.html").read_text()
+    used = tmp_path / "used.html"
+    used.write_text(page.replace("</body>", f"<script>{USE}</script></body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    done = subprocess.run([BROWSER, *flags, used.as_uri()], capture_output=True, text=True, timeout=100)
+    dom = done.stdout
+    told = dict(re.findall(r'data-(tip|on|cell|clicked)="([^"]*)"', dom.partition("<body")[2].partition(">")[0]))
+    numbers = json.loads((trained / "inspect" / "inspect.json").read_text())
+    assert told["tip"].startswith("query 5 ") and "key 2 " in told["tip"], (told, done.stderr[-500:])
+    shown = float(told["tip"].rpartition(": ")[2])
+    assert told["on"].startswith("1.")
+    assert shown == pytest.approx(numbers["attention"][1][int(told["on"][2:])][5][2], abs=1e-3)
+    assert told["cell"].startswith("layer 1, head 1: ") and told["clicked"] == "1.1"
+    value = float(re.search(r": (-?[\d.]+)", told["cell"])[1])
+    assert value == pytest.approx(numbers["patterns"]["previous"][1][1], abs=1e-3)
+    for title in ("The text, token by token", "Logit lens", "Heads", "Direct logit attribution", "Activation patching"):
+        assert f"<h2>{title}</h2>" in dom
 
 
 @pytest.mark.parametrize(

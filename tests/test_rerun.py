@@ -25,7 +25,7 @@ CONFIG = {
     "model": {"num_layers": 2, "d_model": 16, "num_heads": 2, "dropout": 0.1},
     "data": {"split": "tail", "tokenizer": {"kind": "byte"}},
     "eval": {"every_steps": 0, "max_batches": 1},
-    "checkpoint": {"every_steps": 10},
+    "checkpoint": {"every_steps": 10, "keep_every_steps": 10},
     "sample": {"prompts": ()},
     "log": {"tensorboard": False},
 }

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     out = pathlib.Path(args.out or pathlib.Path(args.workdir) / "inspect")
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "inspect.json", json.dumps(finite(numbers), ensure_ascii=False, allow_nan=False) + "\n")
-    name = f"{pathlib.Path(args.workdir).name}, step {run.step}"
+    name = f"{args.workdir.rstrip('/')}, step {run.step}"
     intro = (
         f"{run.config.objective['name']}, {run.config.model.num_layers} layers of {run.config.model.num_heads} heads, "
         f"width {run.config.model.d_model}. Attention shows where a head looks, not what it does: compare with what "
@@ -134,7 +134,7 @@ def _difference(run: Loaded, subject: forward.Subject, args: argparse.Namespace,
     if other.tokenizer.hash != run.tokenizer.hash:
         raise UserError(f"--other {args.other!r} has another tokenizer than {args.workdir!r}: tokens do not compare.")
     theirs = forward.subject_of(other.model, other.params)
-    name = f"{pathlib.Path(args.other).name}, step {other.step}"
+    name = f"{args.other.rstrip('/')}, step {other.step}"
     return {**compare.loss_difference(subject, theirs, text), "name": name}
 
 
