@@ -170,9 +170,12 @@ class Watch:
         if not why:
             return
         self.count += 1
-        self.examine = self.examine or build_examine(self.step, self.seed)
-        batch = global_batch(self.source, step - 1, self.step.batch_shardings)
-        found = self.examine(state.all_params, batch, step - 1)
+        try:
+            self.examine = self.examine or build_examine(self.step, self.seed)
+            batch = global_batch(self.source, step - 1, self.step.batch_shardings)
+            found = self.examine(state.all_params, batch, step - 1)
+        except Exception as error:  # a look at a spike (no memory for another gradient?) must not end the run
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
         ids = batch_ids(self.source, step - 1)
         record = {"step": step, "why": why, "weights_of_step": int(state.step), "ids": ids}
         folder = self.workdir.path / FOLDER
