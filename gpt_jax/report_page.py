@@ -213,13 +213,14 @@ def plot_training(rows: Sequence[Mapping[str, Any]]) -> bytes:
             x, y = (np.array(column, float) for column in zip(*points, strict=True))
             y = 100 * y if name == "perf/stall" else y
             axis.plot(x, y, linewidth=1.2, color="tab:blue")
-            if scale == "log" and (y > 0).all() and y.max() > 5 * y.min():
+            if scale == "log" and (y > 0).all() and y.max() > 20 * y.min():
                 axis.set_yscale("log")
             elif name.startswith("perf/"):
                 axis.set_ylim(0, 1.15 * max(float(y.max()), 1e-6 if name != "perf/stall" else 1.0))
                 middle = statistics.median(y.tolist())
                 axis.axhline(middle, color="0.5", linewidth=0.9, linestyle="--")
-                axis.annotate(f"median {middle:,.4g}", (0.98, 0.04), xycoords="axes fraction", ha="right", fontsize=9)
+                shown = f"median {middle:,.0f}" if middle >= 100 else f"median {middle:.2f}"
+                axis.annotate(shown, (0.98, 0.92), xycoords="axes fraction", ha="right", fontsize=9)
         else:
             axis.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axis.transAxes)
         axis.set_ylabel(label)

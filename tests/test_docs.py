@@ -48,7 +48,7 @@ def test_every_command_and_snippet_runs(page, tmp_path):
         **os.environ,
         "PATH": f"{scripts}:{os.environ['PATH']}",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
         "XLA_FLAGS": "",
     }
     ran = 0
