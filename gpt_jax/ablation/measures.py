@@ -62,18 +62,14 @@ def sample_quality(cell: Cell) -> dict[str, float]:
 
 
 def _human(cell: Cell, lengths: list[int], eot: int) -> list[list[int]]:
-    """Held-out documents cut to given numbers of tokens: the longest texts get the longest documents."""
+    """Held-out text in pieces of given numbers of tokens, no token twice while there are enough, in a random order."""
     run, _, _ = restore_run(str(cell.path))
     stream = np.asarray(run.data.splits["valid"].tokens)
-    cuts = np.flatnonzero(stream == eot)
-    documents = [part[part != eot] for part in np.split(stream, cuts)]
-    documents = sorted((d for d in documents if len(d)), key=len, reverse=True)
-    rng = np.random.default_rng(0)
-    out = []
-    for length in lengths:
-        enough = [d for d in documents if len(d) >= length] or documents[:1]
-        out.append(enough[rng.integers(len(enough))][:length].tolist())
-    return out
+    size = max(1, *lengths)
+    documents = [part[part != eot] for part in np.split(stream, np.flatnonzero(stream == eot))]
+    pieces = [d[i : i + size] for d in documents for i in range(0, len(d) - size + 1, size)] or documents
+    order = np.random.default_rng(0).permutation(len(pieces))
+    return [pieces[order[i % len(pieces)]][:length].tolist() for i, length in enumerate(lengths)]
 
 
 def perplexity(judge: Loaded, rows: list[list[int]], eot: int) -> float:
