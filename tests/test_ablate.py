@@ -63,6 +63,7 @@ def pretend(file, workdir, skip=()):
             "seed": cell.seed,
             "identity": cell.identity,
             "data": "abc",
+            "code": {"commit": "c0ffee", "dirty": cell.seed == 5},
             "flops_per_step": 2e12,
             "tokens_per_step": 128,
             "values": {"valid/loss": value, "train/loss": value},
@@ -132,6 +133,7 @@ def test_collect_compares_paired_differences_and_names_what_is_missing_or_does_n
     report = (work / "report.md").read_text()
     assert "wide is lower (-0.1033" in report and "slow does not differ" in report and "would need" in report
     assert "slow / seed 5 (not begun)" in report
+    assert "several versions of the code (c0ffee: 10 cells, c0ffee with changes: 2 cells)" in report
     assert "| plain | 3 | 384 | 6.000 | 1.5 |" in report  # updates, tokens, TFLOP, seconds
 
 

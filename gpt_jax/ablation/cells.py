@@ -98,6 +98,7 @@ def run_cell(cell: Cell, measures: Sequence[str] = (), log: Callable[[str], None
         "seed": cell.seed,
         "identity": cell.identity,
         "data": data_hash(cell.path),
+        "code": json.loads((cell.path / "environment.json").read_text()).get("code", {}),
         "flops_per_step": flops_per_step(cell),
         "flops_before": _flops_before(cell),
         "tokens_per_step": cell.config.batch_size * cell.config.context_length,

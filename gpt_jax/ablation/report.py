@@ -44,6 +44,9 @@ def study_page(study: Study) -> tuple[Page, dict[str, Any]]:
     for what, cells in (("missing", study.missing), ("left out, for they do not match", study.mismatched)):
         if cells:
             page.warn(f"{len(cells)} cells {what}: " + "; ".join(f"{name} ({why})" for name, why in cells) + ".")
+    if len(study.versions) > 1:
+        shown = ", ".join(f"{name}: {count} cells" for name, count in study.versions.items())
+        page.warn(f"Cells were run by several versions of the code ({shown}).")
     compared = {metric: compare(study, metric) for metric in study.metrics}
     compared = {metric: rows for metric, rows in compared.items() if rows}
     if not compared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -60,7 +61,8 @@ class Study:
 
     Attributes:
       results: {arm: {seed: Result}}, arms in order. baseline: the arm compared with. metrics: what is compared.
-      missing, mismatched: (cell's name, why). changes: {arm: what it changes}.
+      missing, mismatched: (cell's name, why). changes: {arm: what it changes}. against: see Ablation.
+      versions: how many cells each version of the code ran.
     """
 
     title: str
@@ -73,6 +75,7 @@ class Study:
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     reading: str = ""
     against: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def compared_with(self, arm: str) -> Sequence[str]:
         """The arms that an arm is tested against, the first that has the metric; () if others are tested against it."""
@@ -145,9 +148,12 @@ def collect(ablation: Ablation, cells: Sequence[Cell], title: str) -> tuple[Stud
     statuses = check_data(cells, [status_of(cell) for cell in cells])
     results: dict[str, dict[int, Result]] = {arm: {} for arm in ablation.arms}
     missing, mismatched = [], []
+    versions: collections.Counter[str] = collections.Counter()
     for cell, status in zip(cells, statuses, strict=True):
         if status.state == DONE:
             record = status.record
+            code = record.get("code") or {}
+            versions[code.get("commit", "unknown")[:12] + (" with changes" if code.get("dirty") else "")] += 1
             results[cell.arm][cell.seed] = Result(
                 record["values"],
                 read_rows(cell.path / "metrics.jsonl"),
@@ -168,6 +174,7 @@ def collect(ablation: Ablation, cells: Sequence[Cell], title: str) -> tuple[Stud
         ablation.arms,
         ablation.reading,
         ablation.against,
+        versions,
     )
     return study, statuses
 
