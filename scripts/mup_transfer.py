@@ -140,7 +140,8 @@ def plot_coordinates(sizes) -> bytes:
         axes[row][0].set_ylabel("root mean square")
     for axis in axes[-1]:
         axis.set_xlabel("width")
-    axes[0][-1].legend(title="updates", fontsize=8)
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, title="updates", loc="outside right center", fontsize=9)
     return png_of(figure)
 
 

@@ -10,7 +10,7 @@ def get_config():
 
 
 def get_ablation():
-    arms = {f"depth {depth}": dial(depth, tokens_per_parameter=6.0) for depth in (2, 3, 4)}
+    arms = {f"depth {depth}": dial(depth, tokens_per_parameter=2.0) for depth in (2, 3, 4)}
     arms = {name: {**own, "eval.every_steps": max(1, own["steps"] // 6)} for name, own in arms.items()}
     return Ablation(
         question="How does the loss fall with arithmetic along a series of models that one number describes?",
@@ -18,5 +18,5 @@ def get_ablation():
         arms=arms,
         seeds=3,
         metrics=("valid/bits_per_byte",),
-        reading="Depth sets width, heads, learning rate, batch and tokens (gpt_jax/scaling.py): 6 a parameter.",
+        reading="Depth sets width, heads, learning rate, batch and tokens (gpt_jax/scaling.py): 2 a parameter.",
     )
