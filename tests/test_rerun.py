@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -10,13 +11,15 @@ from helpers import params_of, text_batch, tiny
 
 from gpt_jax import cli
 from gpt_jax.config import resolve
-from gpt_jax.forensics.spikes import build_examine
+from gpt_jax.forensics.spikes import Watch, build_examine
+from gpt_jax.metrics import MetricsWriter
 from gpt_jax.model import Transformer
 from gpt_jax.objectives.causal_lm import CausalLM
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh
 from gpt_jax.step import build_train_step, gradients
 from gpt_jax.train import train
+from gpt_jax.workdir import Workdir
 
 CONFIG = {
     "steps": 24,
@@ -107,6 +110,34 @@ def test_mistakes_are_one_sentence(arguments, message, capsys):
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_step_trips_by_its_z_score_or_by_what_is_not_finite(tmp_path):
+    rng = np.random.default_rng(0)
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        watch = Watch(None, None, None, 0, writer, threshold=6.0)
+        for step in range(1, 101):
+            values = {"loss": 3 + 0.1 * rng.normal(), "grad_norm": 1 + 0.1 * rng.normal()}
+            writer.add(step, {f"train/{name}": value for name, value in values.items()})
+            assert watch.why(values) == {}
+        writer.add(101, {"train/loss": 9.0, "train/grad_norm": 1.0})
+        why = watch.why({"loss": 9.0, "grad_norm": 1.0})
+        assert list(why) == ["loss"] and why["loss"] > 6
+        writer.add(102, {"train/loss": 3.0, "train/grad_norm": float("nan")})
+        assert watch.why({"loss": 3.0, "grad_norm": float("nan")}) == {"grad_norm": "not finite"}
+        watch.count = watch.most
+        assert watch.why({"loss": 3.0, "grad_norm": float("nan")}) == {}
+
+
+def test_a_look_that_fails_ends_no_run(tmp_path):
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        writer.add(1, {"train/loss": float("inf"), "train/grad_norm": 1.0})
+        workdir, state = Workdir(tmp_path), types.SimpleNamespace(step=3, all_params={})
+        step = types.SimpleNamespace(batch_shardings=None)
+        watch = Watch(workdir, types.SimpleNamespace(), step, 0, writer, 6.0, examine=lambda *_: 1 / 0)
+        watch(1, {"loss": float("inf"), "grad_norm": 1.0}, state)
+    record = json.loads((tmp_path / "spikes" / "step_00000001.json").read_text())
+    assert record["why"] == {"loss": "not finite"} and record["weights_of_step"] == 3 and "Error" in record["error"]
 
 
 def test_losses_of_rows_and_norms_of_layers_are_those_of_each_row_alone():
