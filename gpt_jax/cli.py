@@ -25,6 +25,10 @@ COMMANDS = {
     "sample": "generate text from a run",
     "context": "what a run makes of its context, and of more than that: figures and numbers",
     "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
+    "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
+    "inspect": "look into a checkpoint: attention, logit lens, heads, patching, attribution",
+    "rerun": "repeat the first steps of a run: is every number the same?",
+    "replay": "repeat one step of a run: its rows, norms, and what first was not finite",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
@@ -33,6 +37,10 @@ _MODULES = {
     "convert": "gpt_jax.convert",
     "eval": "gpt_jax.eval_command",
     "sample": "gpt_jax.sample",
+    "ablate": "gpt_jax.ablate",
+    "inspect": "gpt_jax.inspect.command",
+    "rerun": "gpt_jax.forensics.rerun",
+    "replay": "gpt_jax.forensics.replay",
 }
 
 

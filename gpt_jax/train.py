@@ -20,9 +20,11 @@ from gpt_jax.data import Loader
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all, evaluators_of
+from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb
 from gpt_jax.model.config import count_parameters
 from gpt_jax.report import write_report
+from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.step import TrainState, join
@@ -99,6 +101,7 @@ def train(
             config.checkpoint.every_minutes,
         )
         sample = hooks.Sample(directory, console, sampler(run))
+        watch = Watch(directory, run.data.train, run.step, config.seed, writer, config.log.spike_z)
         stop = stack.enter_context(Preemption())
 
         step, done, pending, values = run.step, start, None, {}
@@ -107,6 +110,7 @@ def train(
                 state, metrics = step(state, batch)
                 if pending is not None:
                     report_row(*pending)
+                    watch(*pending[:2], state)
                 done, pending = (
                     index + 1,
                     (index + 1, metrics, run.rows_at(index) * config.context_length, loader.stall_seconds),
@@ -118,6 +122,7 @@ def train(
                 saving = last or stopping or save.is_due(done)
                 if evaluating or sampling or saving:
                     report_row(*pending)
+                    watch(*pending[:2], state)
                     pending = None
                     with clock.pause():
                         if evaluating:
@@ -165,14 +170,21 @@ def first_state(
         frozen = checkpointer.restore_frozen(abstract.frozen) if jax.tree.leaves(abstract.frozen) else abstract.frozen
         log(f"continuing at step {latest} of {run.config.steps}")
         return dataclasses.replace(state, frozen=frozen), latest
-    state = run.step.init(run.config.seed)
-    if run.config.init.source:
-        params, restored = restore_subset(run.config.init.source, join(state.params, state.frozen))
-        log(restored.describe())
-        state = run.step.with_params(state, params)
+    state = initial_state(run, log)
     if jax.tree.leaves(state.frozen):
         checkpointer.save_frozen(state.frozen)
     return state, 0
+
+
+def initial_state(run: Run, log: Callable[[str], None]) -> TrainState:
+    """What a run starts from: parameters of its seed, or another run's weights by name."""
+    state = run.step.init(run.config.seed)
+    init = run.config.init
+    if init.source:
+        params, restored = restore_subset(init.source, join(state.params, state.frozen), rename=init.rename)
+        log(restored.describe())
+        state = run.step.with_params(state, params)
+    return state
 
 
 def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> None:
@@ -244,6 +256,7 @@ def finish(
             directory.write_json("baselines.json", known)
         if values:
             directory.write_json("evaluation.json", {k.removeprefix("valid/"): v for k, v in values.items()})
+        directory.write_json("memory.json", describe_memory(run.step))
         report = write_report(directory.path, evaluation=directory.read_json("evaluation.json"), baselines=known)
         summary |= {**values, **(known or {}), "report": str(report)}
         log(f"finished {done} steps in {seconds:.0f} s; report: {report}")
