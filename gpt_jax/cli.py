@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from gpt_jax import cluster
+from gpt_jax.distributed import fingerprint, initialize, is_first, leave, leave_if_several
 from gpt_jax.errors import UserError, nearest
 
 COMMANDS = {
@@ -65,6 +67,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--weights", default="auto", help="raw | ema | average | auto")
         parser.add_argument("--max-batches", type=int, default=0, help="0 evaluates the whole split")
         parser.add_argument("--max-generated", type=int, default=0, help="task examples generated for; 0 is all")
+    if command in ("train", "eval"):
+        cluster.add_arguments(parser)
     if command in _MODULES:
         importlib.import_module(_MODULES[command]).add_arguments(parser)
     return parser
@@ -94,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(argv)
     except UserError as error:
         print(f"gpt-jax: {error}", file=sys.stderr)
+        return leave(error.exit_code)
     except KeyboardInterrupt:
         print("gpt-jax: interrupted.", file=sys.stderr)
         return 130
@@ -104,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gpt_jax.files import is_no_space
 
         if not is_no_space(error):
+            leave_if_several(error)
             raise
         print(f"gpt-jax: no space left on the device: {error}.", file=sys.stderr)
-    return 1
+    return leave(1)
 
 
 def _main(argv: list[str]) -> int:
@@ -183,18 +189,36 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise UserError("--workdir is missing: where the run goes, e.g. --workdir=runs/first.")
     from gpt_jax.train import train
 
+    join_job(args, config)
     summary = train(config, args.workdir, accept_changes=args.accept_changes)
     code = summary.pop("exit_code")
-    _print_json(summary)
+    if is_first():
+        _print_json(summary)
     return code
 
 
-def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from gpt_jax.evaluate import evaluate_all
-    from gpt_jax.run import restore_run
+def join_job(args: argparse.Namespace, config: Any) -> None:
+    """Joins the other processes of a job, if there are any: all must have the same config."""
+    from gpt_jax import config as configs
 
+    initialize(
+        cluster.environment_of(args),
+        heartbeat_seconds=config.distributed.heartbeat_seconds,
+        join_seconds=config.distributed.join_seconds,
+        facts={"the config": fingerprint(configs.to_dict(config)), "--workdir": args.workdir},
+    )
+
+
+def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from gpt_jax import config as configs
+    from gpt_jax.evaluate import evaluate_all
+    from gpt_jax.run import restore_run, saved_config
+
+    join_job(args, configs.resolve(saved_config(args.workdir), overrides))
     run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
     values = evaluate_all(run, params, max_batches=args.max_batches, step=step, limit=args.max_generated)
+    if not is_first():
+        return 0
     for name, value in values.items():
         print(f"{name.ljust(32)} {value:.6g}")
     return _print_json({"workdir": args.workdir, "step": step, **values})

@@ -15,6 +15,7 @@ FREE, NUMERICS, IMPOSSIBLE = "free", "numerics", "impossible"
 _TABLE: tuple[tuple[str, str, str], ...] = (
     ("name", FREE, ""),
     ("mesh.*", FREE, "same batches, losses equal up to rounding"),
+    ("distributed.*", FREE, ""),
     ("microbatches", FREE, "same gradient up to rounding"),
     ("log.*", FREE, ""),
     ("eval.every_steps", FREE, ""),

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from gpt_jax import hooks
+from gpt_jax import distributed, hooks
 from gpt_jax.checkpoint import Checkpointer, restore_subset
 from gpt_jax.config import Config, to_dict
 from gpt_jax.config_changes import compare, decide
@@ -47,7 +47,11 @@ def train(
     """
     started = time.monotonic()
     with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
+        log = distributed.said_once(log)
+        distributed.check_shared(directory.path)
+        distributed.check_devices(config.distributed.devices, config.distributed.device_kind)
         run = build_run(config, log)
+        distributed.check_equal(**{"the data": run.data.fingerprint()})
         changes = settle_config(run.config, directory, accept_changes, log)
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -237,7 +241,7 @@ def finish(
     finished = done >= run.config.steps
     directory.add_history("finish" if finished else "preempted", done)
     summary: dict[str, Any] = {"workdir": str(directory.path), "step": done, "steps": run.config.steps}
-    if finished:
+    if finished and directory.writes:
         known = directory.read_json("baselines.json")
         if known is None and run.data.valid and start < done and any(k.endswith("bits_per_byte") for k in values):
             known = baselines(run.data)
@@ -247,7 +251,7 @@ def finish(
         report = write_report(directory.path, evaluation=directory.read_json("evaluation.json"), baselines=known)
         summary |= {**values, **(known or {}), "report": str(report)}
         log(f"finished {done} steps in {seconds:.0f} s; report: {report}")
-    else:
+    elif not finished:
         log(f"stopped at step {done}, saved; run the same command again to continue")
     return summary | {"seconds": round(seconds, 1), "exit_code": 0 if finished or not stopped else EXIT_PREEMPTED}
 

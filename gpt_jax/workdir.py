@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -228,7 +228,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
         "command": sys.argv,
-        "packages": _versions(),
+        "packages": installed_versions(_PACKAGES),
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,
@@ -240,9 +240,10 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns {package: version} of those that are installed."""
     versions = {}
-    for name in _PACKAGES:
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
@@ -301,4 +302,5 @@ class Preemption:
             return self.requested
         from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        self.requested = self.requested or bool(multihost_utils.reached_preemption_sync_point(step))
+        return self.requested
