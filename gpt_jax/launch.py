@@ -172,8 +172,9 @@ def watch(job: Job, poll: float = 0.05) -> int:
             time.sleep(2 * poll)  # who died with it
             bad += [end for end in job.fresh_ends() if end[1] not in (0, RETRY)]
             k, code = first_cause(bad)
-            pid, rest = job.children[k].pid, job.end()
-            others = f"; ended the other {rest}" if rest else ""
+            pid, rest = job.children[k].pid, total - 1 - list(codes.values()).count(0)
+            job.end()
+            others = f"; the other {rest} ended with it" if rest else ""
             if was_lost(code):
                 say(f"process {k} of {total} (pid {pid}) was lost: {describe(code)}{others}.")
                 return RETRY
@@ -184,7 +185,7 @@ def watch(job: Job, poll: float = 0.05) -> int:
             if not _follow(job, codes, seconds=30.0):
                 k = next(k for k, code in codes.items() if code == RETRY)
                 rest = job.end()
-                say(f"process {k} of {total} left with exit code {RETRY}; ended the other {rest}.")
+                say(f"process {k} of {total} left with exit code {RETRY}; the other {rest} did not follow and were ended.")
                 return RETRY
             continue
         time.sleep(poll)

@@ -37,7 +37,7 @@ def test_a_killed_process_is_named_the_others_end_and_the_code_is_75(capfd):
     assert code == 75 and time.monotonic() - began < 30
     err = capfd.readouterr().err.strip()
     assert err.startswith("gpt_jax.launch: process 2 of 4 (pid ") and "\n" not in err
-    assert err.endswith(") was lost: killed by SIGKILL; ended the other 3.")
+    assert err.endswith(") was lost: killed by SIGKILL; the other 3 ended with it.")
 
 
 def test_a_mistake_is_never_tried_again(tmp_path, capfd):
@@ -49,7 +49,7 @@ def test_a_mistake_is_never_tried_again(tmp_path, capfd):
 
 def test_a_mistake_of_one_ends_the_others_that_wait(capfd):
     assert python("sys.exit(3) if k == 1 else time.sleep(600)", processes=2, restarts=2) == 3
-    assert "process 1 of 2 failed with exit code 3; ended the other 1." in capfd.readouterr().err
+    assert "process 1 of 2 failed with exit code 3; the other 1 ended with it." in capfd.readouterr().err
 
 
 def test_75_is_tried_again_as_often_as_allowed(tmp_path, capfd):
