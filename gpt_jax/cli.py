@@ -198,9 +198,11 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def join_job(args: argparse.Namespace, config: Any) -> None:
-    """Joins the other processes of a job, if there are any: all must have the same config."""
+    """Joins the other processes of a job, if there are any: all must have the same config. No device before this."""
     from gpt_jax import config as configs
+    from gpt_jax.compiler_flags import apply_flags
 
+    apply_flags(config.compiler.flags, config.compiler.extra)
     initialize(
         cluster.environment_of(args),
         heartbeat_seconds=config.distributed.heartbeat_seconds,

@@ -53,7 +53,7 @@ class Place:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of commands that may run on several processes; without them the environment is asked."""
-    group = parser.add_argument_group("several processes (found by themselves on Cloud TPU, GKE, SLURM, gpt_jax.launch)")
+    group = parser.add_argument_group("several processes (Cloud TPU, GKE, SLURM and gpt_jax.launch say it themselves)")
     group.add_argument("--coordinator", default="", metavar="HOST:PORT", help=f"of process 0; ${COORDINATOR}")
     group.add_argument("--num-processes", default="", metavar="N", help=f"of the whole job; ${NUM_PROCESSES}")
     group.add_argument("--process-id", default="", metavar="K", help=f"of this process, from 0; ${PROCESS_ID}")
@@ -151,7 +151,7 @@ def first_host(nodes: str) -> str:
 
 
 def _tpu(environ: Mapping[str, str], metadata: Callable[[str], str | None]) -> Place | None:
-    """Cloud TPU: hosts of a slice and, of several slices, which one this is. GKE sets variables, others the metadata."""
+    """Cloud TPU: the hosts of a slice, and which of several slices this is. GKE sets variables, else metadata tell."""
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
     worker, slices = environ.get("TPU_WORKER_ID", ""), dict(environ)
     source = "TPU_WORKER_HOSTNAMES"

@@ -113,6 +113,12 @@ class DistributedConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompilerConfig:
+    flags: str = option("default", "flags for the backend at hand: default (gpt_jax/compiler_flags.py) | none")
+    extra: tuple[str, ...] = option((), "further flags, ('--name=value', ...); the environment's own come first")
+
+
+@dataclasses.dataclass(frozen=True)
 class InitConfig:
     source: str = option("", "`init.from`: a run's workdir or checkpoint whose weights to start from, by name")
     model: bool = option(True, "take the shape of the model (model.*) from that run too; False keeps this config's")
@@ -172,6 +178,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    compiler: CompilerConfig = dataclasses.field(default_factory=CompilerConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)

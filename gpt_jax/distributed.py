@@ -167,7 +167,8 @@ def check_devices(count: int, kind: str) -> None:
     if count and len(devices) != count:
         by_process = [sum(d.process_index == k for d in devices) for k in range(jax.process_count())]
         raise Unavailable(
-            f"distributed.devices is {count}, but there are {len(devices)} ({', '.join(map(str, by_process))} by process)."
+            f"distributed.devices is {count}, but there are {len(devices)} "
+            f"({', '.join(map(str, by_process))} by process)."
         )
     for device in devices:
         if kind and kind.lower() not in device.device_kind.lower():

@@ -17,7 +17,6 @@ from gpt_jax.metrics import MetricsWriter
 from gpt_jax.throughput import Clock
 from gpt_jax.workdir import Workdir
 
-
 _ASK_EVERY = 4  # steps between two questions to process 0
 
 

@@ -131,7 +131,7 @@ def free_port() -> int:
 
 
 def was_lost(code: int) -> bool:
-    """True for a process ended by a signal (-9, or 137 from a shell): killed, out of memory, or aborted by the runtime."""
+    """True for a process that a signal ended (-9, or 137 from a shell): killed, out of memory, aborted."""
     return code < 0 or code > 128
 
 
@@ -185,7 +185,7 @@ def watch(job: Job, poll: float = 0.05) -> int:
             if not _follow(job, codes, seconds=30.0):
                 k = next(k for k, code in codes.items() if code == RETRY)
                 rest = job.end()
-                say(f"process {k} of {total} left with exit code {RETRY}; the other {rest} did not follow and were ended.")
+                say(f"process {k} of {total} left with exit code {RETRY}; ended the other {rest}, which stayed.")
                 return RETRY
             continue
         time.sleep(poll)

@@ -74,9 +74,11 @@ def run_preflight(
       Unavailable: processes are missing. UserError: code, versions or config differ between processes; a bad mesh.
     """
     from gpt_jax import config as configs
+    from gpt_jax.compiler_flags import apply_flags
     from gpt_jax.data.cache import cache_root
 
     began = time.monotonic()
+    apply_flags(config.compiler.flags, config.compiler.extra)
     distributed.initialize(
         environ,
         heartbeat_seconds=config.distributed.heartbeat_seconds,
@@ -283,7 +285,7 @@ def check_folder(name: str, folder: str, *, shared: bool, size: int = 8 * _MIB) 
 
 
 def write_and_read(folder: pathlib.Path, size: int) -> list[float]:
-    """Returns MiB/s of writing (to the disk) and reading a file; raises OSError, or ValueError if it comes back wrong."""
+    """Returns MiB/s of writing a file and of reading it; raises OSError, or ValueError if it comes back wrong."""
     path, data = folder / f".preflight-{uuid.uuid4().hex}", os.urandom(size)
     try:
         start = time.perf_counter()

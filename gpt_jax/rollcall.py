@@ -104,7 +104,7 @@ def _listen(place: Place) -> socket.socket:
             return socket.create_server(("", place.port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", place.port))
     except OSError as error:
-        raise Unavailable(f"process 0 cannot listen on port {place.port} ({error.strerror}): another job has it?") from None
+        raise Unavailable(f"process 0 cannot listen on port {place.port} ({error.strerror}).") from None
 
 
 def _read(connection: socket.socket, seconds: float) -> dict[str, Any] | None:

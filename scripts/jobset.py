@@ -52,7 +52,9 @@ def manifest(
     """
     checkout = "/tmp/gpt_jax"
     extras = "tpu" if tpu else "cuda" if gpus else ""
-    setup = f"git clone --quiet --no-checkout {shlex.quote(repo)} {checkout} && git -C {checkout} checkout --quiet {commit}"
+    setup = (
+        f"git clone --quiet --no-checkout {shlex.quote(repo)} {checkout} && git -C {checkout} checkout --quiet {commit}"
+    )
     install = f"bash {checkout}/scripts/_host.sh {shlex.quote(repo)} {commit} {checkout} {shlex.quote(extras)}"
     run = f"cd {checkout} && source .venv/bin/activate && exec python -m gpt_jax.launch -- {shlex.join(command)}"
     environment: list[dict[str, Any]] = []
@@ -150,12 +152,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem:
         print(f"jobset: {problem}", file=sys.stderr)
         return 1
-    commit = args.commit or subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    commit = (
+        args.commit
+        or subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
     keys = ("name", "repo", "hosts", "slices", "tpu", "topology", "chips", "gpus", "image", "claim", "restarts")
     print(json.dumps(manifest(commit=commit, command=command, **{key: getattr(args, key) for key in keys}), indent=2))
-    print(f"logs: kubectl logs --prefix --all-containers -l jobset.sigs.k8s.io/jobset-name={args.name}", file=sys.stderr)
+    print(
+        f"logs: kubectl logs --prefix --all-containers -l jobset.sigs.k8s.io/jobset-name={args.name}", file=sys.stderr
+    )
     return 0
 
 

@@ -1,9 +1,10 @@
-"""The launchers for Cloud TPU, SLURM and GKE: dry runs, and real runs against stand-ins for gcloud, srun and the like."""
+"""The launchers for Cloud TPU, SLURM and GKE: dry runs, and real runs against stand-ins for gcloud and srun."""
 
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -60,12 +61,24 @@ def test_shellcheck_finds_nothing_in_the_scripts():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_documented_commands_run(checkout):
+    page = (ROOT / "docs" / "pods_launch.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.M | re.S)
+    commands = block.replace("\\\n", " ").splitlines()
+    assert len(commands) == 3
+    for command in commands:
+        done = subprocess.run(["bash", "-c", command], cwd=checkout, capture_output=True, text=True)
+        assert done.returncode == 0 and len(done.stdout) > 500, done.stderr
+
+
 # ---- Cloud TPU
 
 
 def test_a_dry_run_for_a_tpu_pod_says_every_command_and_runs_none(checkout, tmp_path):
     tool(tmp_path / "bin", "gcloud", "echo ran >&2; exit 1")
-    done = run(["bash", checkout / "scripts/launch_tpu_pod.sh", *TPU, "--spot", "--dry-run", *COMMAND], tmp_path / "bin")
+    done = run(
+        ["bash", checkout / "scripts/launch_tpu_pod.sh", *TPU, "--spot", "--dry-run", *COMMAND], tmp_path / "bin"
+    )
     assert done.returncode == 0 and "ran" not in done.stderr, done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith("+ ") for line in lines)
@@ -83,7 +96,9 @@ def test_a_dry_run_for_a_tpu_pod_says_every_command_and_runs_none(checkout, tmp_
 GCLOUD = """
 echo "$*" >> "$CALLS"
 case "$*" in
-  *"queued-resources describe"*) head -n 1 "$STATES"; sed -i 1d "$STATES"; [ -s "$STATES" ] || echo ACTIVE > "$STATES" ;;
+  *"queued-resources describe"*)
+    head -n 1 "$STATES"; sed -i 1d "$STATES"
+    [ -s "$STATES" ] || echo ACTIVE > "$STATES" ;;
   *"tpu-vm describe"*) echo 2 ;;
   *"gpt_jax.launch"*)
     head -n 1 "$ENDS" | tr ' ' '\\n' | while read -r c; do echo "exit code $c of h"; done

@@ -148,7 +148,9 @@ def test_four_processes_pass(tmp_path):
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["ok"] and result["checks"]["processes"]["processes"] == 4
     assert result["seconds"] < 60
-    assert all(result["checks"][f"{kind} {axis}"]["ok"] for kind in ("all-reduce", "all-gather") for axis in ("fsdp", "tensor"))
+    assert all(
+        result["checks"][f"{kind} {axis}"]["ok"] for kind in ("all-reduce", "all-gather") for axis in ("fsdp", "tensor")
+    )
     assert sum(line.startswith("ok     devices") for line in done.stdout.splitlines()) == 1  # process 0 alone speaks
 
 
