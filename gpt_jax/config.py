@@ -147,6 +147,7 @@ class LogConfig:
     every_steps: int = option(1, "a training row in metrics.jsonl every so many steps")
     console_every_steps: int = option(10, "a line on the console every so many steps")
     tensorboard: bool = option(True, "write TensorBoard events")
+    copy_to: str = option("", "gs:// or s3:// URL that logs and report are copied to at each save; empty is off")
     wandb: str = option("", "a Weights & Biases project (extra `wandb`); empty is off")
 
 

@@ -112,6 +112,7 @@ class Save:
     metadata: Mapping[str, Any]
     every_steps: int
     every_minutes: float
+    copy_logs: Callable[[], None] = lambda: None
     last: float = dataclasses.field(default_factory=time.monotonic)
 
     def is_due(self, step: int) -> bool:
@@ -123,6 +124,7 @@ class Save:
 
     def __call__(self, step: int, state: Any) -> None:
         self.writer.flush()
+        self.copy_logs()
         self.checkpointer.save(
             step, strip(state), metadata=self.metadata, valid_losses=self.writer.column("valid/loss")
         )

@@ -201,10 +201,17 @@ def check_data(data: Any) -> Check:
 def data_files(data: Any) -> list[tuple[str, int, str]]:
     """(name, bytes, hash of the first and last MiB) of each file that the data config names; raises UserError."""
     from gpt_jax.data.readers import expand_paths, expand_variables
+    from gpt_jax.data.store import MANIFEST, is_store
+    from gpt_jax.remote import Remote, is_url
 
     patterns = [text for text in (data.path, data.valid_path, *(s.get("path", "") for s in data.sources)) if text]
     out = []
     for pattern in patterns:
+        if is_url(pattern) and is_store(pattern):
+            manifest = Remote(pattern).read(MANIFEST) or b""
+            size = sum(entry["size"] for entry in json.loads(manifest)["files"].values())
+            out.append((MANIFEST, size, hashlib.sha256(manifest).hexdigest()[:16]))
+            continue
         folder = pathlib.Path(expand_variables(pattern))  # a token store
         paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else expand_paths(pattern)
         for file in paths:

@@ -22,6 +22,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all, evaluators_of
 from gpt_jax.metrics import MetricsWriter, open_wandb
 from gpt_jax.model.config import count_parameters
+from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
 from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
@@ -101,6 +102,7 @@ def train(
             directory.checkpoint_metadata(to_dict(run.config)),
             config.checkpoint.every_steps,
             config.checkpoint.every_minutes,
+            copier(config.log.copy_to, directory, log),
         )
         sample = hooks.Sample(directory, console, sampler(run))
         stop = stack.enter_context(Preemption())
@@ -136,7 +138,9 @@ def train(
                 report_row(*pending)
         checkpointer.wait()
         writer.flush()
-        return finish(run, directory, done, values, start, stop.requested, time.monotonic() - started, log)
+        summary = finish(run, directory, done, values, start, stop.requested, time.monotonic() - started, log)
+        save.copy_logs()
+        return summary
 
 
 def settle_config(config: Config, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:
@@ -200,6 +204,21 @@ def tracker(config: Config, directory: Workdir) -> Any:
     if not config.log.wandb or not directory.writes:
         return None
     return open_wandb(config.log.wandb, directory.path, config.name, to_dict(config))
+
+
+def copier(url: str, directory: Workdir, log: Callable[[str], None]) -> Callable[[], None]:
+    """Returns what copies the run's logs to an object store; a store that fails is told of and does not end the run."""
+    refuse = "" if not url or is_url(url) else url
+    if refuse:
+        raise UserError(f"log.copy_to is {refuse!r}; it is a URL, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
+
+    def copy() -> None:
+        try:
+            directory.copy_to(url)
+        except UserError as error:
+            log(f"log.copy_to: {error}")
+
+    return copy
 
 
 def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:

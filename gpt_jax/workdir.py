@@ -32,12 +32,17 @@ import jax
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write, clean_leftovers, explain_no_space, fsync_folder
+from gpt_jax.remote import Remote, refuse_url, upload
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: 'restart me'
 
 _PACKAGES = (
     *("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections"),
     *("numpy", "sentencepiece", "tokenizers", "tensorboardX", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
+)
+_COPIED = (
+    *("config.json", "environment.json", "history.jsonl", "metrics.jsonl", "evaluation.json", "baselines.json"),
+    *("code.diff", "report.md", "loss.png", "samples", "tensorboard", "tokenizer"),
 )
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 
@@ -122,6 +127,14 @@ class Workdir:
             os.replace(temporary, self.tokenizer_path)
             fsync_folder(self.path)
 
+    def copy_to(self, url: str) -> list[str]:
+        """Copies what is small (config, logs, report, samples, not checkpoints) to an object store; returns the names.
+
+        Raises:
+          UserError: the store cannot be reached.
+        """
+        return upload(self.path, _COPIED, Remote(url)) if url and self.writes else []
+
     def write_sample(self, step: int, text: str) -> pathlib.Path:
         """Writes the texts sampled at a step; returns the file."""
         path = self.samples_path / f"step_{step:08d}.txt"
@@ -156,6 +169,7 @@ def open_workdir(path: str | os.PathLike, lock: bool = True) -> Iterator[Workdir
     Raises:
       UserError: in use by another process (named by its id), not a directory, not writable, or absent (lock=False).
     """
+    refuse_url(path, "--workdir", "mount the bucket and give the folder; log.copy_to copies a run's logs to a URL")
     if lock and jax.process_index() > 0:
         yield Workdir(path, writes=False)
         return
