@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leave(error.exit_code)
     except KeyboardInterrupt:
         print("gpt-jax: interrupted.", file=sys.stderr)
-        return 130
+        return leave(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

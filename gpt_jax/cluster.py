@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import re
@@ -79,6 +80,8 @@ def on_tpu_machine(environ: Mapping[str, str]) -> bool:
     """True on a machine with TPU chips that this process may use."""
     platforms = environ.get("JAX_PLATFORMS", "")
     if platforms and "tpu" not in platforms:
+        return False
+    if importlib.util.find_spec("libtpu") is None:
         return False
     return any(pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
 

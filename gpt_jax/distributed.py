@@ -146,6 +146,19 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(lines, sizes, strict=True)]
 
 
+def wait_for_all(name: str, hours: float = 24.0) -> None:
+    """Waits until every process has come to the point of this name, however long one of them works before it.
+
+    A collective would do, but gives up after a while: processes that build data or reports may be minutes apart. Ends
+    early, with an error or by the runtime's abort, if one of them is lost.
+    """
+    if not several():
+        return
+    from jax._src import distributed  # jax has no public name for the client of its coordination service
+
+    distributed.global_state.client.wait_at_barrier(f"gpt_jax/{name}", int(hours * 3_600_000))
+
+
 def check_equal(**facts: Any) -> None:
     """Raises UserError, on every process, naming the first fact that is not equal on all and the odd process."""
     if not several():

@@ -55,7 +55,12 @@ class Job:
     def _start(self, k: int, environ: Mapping[str, str]) -> None:
         try:
             child = subprocess.Popen(
-                self.command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                self.command,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is ours alone: the processes get SIGTERM and save
             )
         except OSError as error:
             self.end()
@@ -230,7 +235,7 @@ def launch(
             job.signal(signal.SIGTERM)
 
     main_thread = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)} if main_thread else {}
     try:
         for left in range(restarts, -1, -1):
             job = Job(command, processes, dict(os.environ if environ is None else environ), logs and pathlib.Path(logs))

@@ -171,7 +171,8 @@ def test_the_launcher_itself_starts_again_after_a_loss(text, tmp_path, alone):
 
 def test_sigterm_makes_all_save_the_same_step_and_exit_75(text, tmp_path):
     workdir = tmp_path / "run"
-    process = launcher(2, train_command(text, workdir, 100_000))
+    minutes = {"checkpoint.every_minutes": 1e-3}  # processes' clocks differ, their saves may not
+    process = launcher(2, train_command(text, workdir, 100_000, **minutes))
     wait_for(lambda: 4 in list_steps(workdir / "checkpoints"), process)
     process.send_signal(signal.SIGTERM)
     out, _ = finish(process, 75)
