@@ -31,7 +31,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lib
 # What the runtime says on the others when one process is gone.
 _LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Socket closed"),
-    *("heartbeat", "another task died", "Gloo", "coordination service", "UNAVAILABLE:", "Broken pipe"),
+    *("heartbeat", "another task died", "gloo", "coordination service", "UNAVAILABLE:", "Broken pipe"),
+    *("nccl", "megascale", "DEADLINE_EXCEEDED"),
 )
 
 

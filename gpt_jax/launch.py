@@ -152,14 +152,15 @@ def describe(code: int) -> str:
 def first_cause(ends: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Of processes that ended at about the same time, the one that the others followed.
 
-    The runtime aborts (SIGABRT) those that a lost process leaves, and those that notice by themselves exit with 75.
+    Nothing but a loss of its own kills a process; one that fails by itself leaves others that the runtime aborts
+    (SIGABRT) or that notice and exit with 75.
     """
 
     def order(end: tuple[int, int]) -> int:
         code = end[1]
         if code in (-signal.SIGABRT, 128 + signal.SIGABRT):
             return 2
-        return 3 if code == RETRY else 1 if was_lost(code) else 0
+        return 3 if code == RETRY else 0 if was_lost(code) else 1
 
     return min(ends, key=order)
 
