@@ -6,7 +6,7 @@
 #     gpt-jax train --config=gpt3_1b3 --workdir=/mnt/shared/runs/run1
 #
 #   --name NAME --zone ZONE --type TYPE   of the slice (accelerator type, e.g. v5litepod-256)
-#   --version VERSION                     software of the hosts (default tpu-ubuntu2204-base)
+#   --version VERSION                     software of the hosts; default: that of the type
 #   --project PROJECT                     default: gcloud's own        --spot        may be taken away, costs less
 #   --restarts N                          after preemptions and lost hosts (3); a mistake of yours is never retried
 #   --logs DIR                            where the logs come to (runs/logs/NAME)
@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-name="" zone="" type="" version="tpu-ubuntu2204-base" project="" spot="" restarts=3 logs="" dry=""
+name="" zone="" type="" version="" project="" spot="" restarts=3 logs="" dry=""
 usage() {
   sed -n '2,/^set -euo/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2
   echo "launch_tpu_pod: $1" >&2
@@ -38,6 +38,14 @@ done
 [ $# -gt 0 ] || usage "no command: -- gpt-jax train ...."
 [[ "$restarts" =~ ^[0-9]+$ ]] || usage "--restarts is '$restarts'; it is a whole number."
 logs="${logs:-runs/logs/$name}"
+if [ -z "$version" ]; then
+  case "$type" in
+    v5p-*) version="v2-alpha-tpuv5" ;;
+    v5lite*) version="v2-alpha-tpuv5-lite" ;;
+    v6e-*) version="v2-alpha-tpuv6e" ;;
+    *) version="tpu-ubuntu2204-base" ;;
+  esac
+fi
 
 commit="$(git rev-parse HEAD)"
 if [ -n "$(git status --porcelain --untracked-files=no)" ]; then

@@ -84,7 +84,7 @@ def test_a_dry_run_for_a_tpu_pod_says_every_command_and_runs_none(checkout, tmp_
     assert all(line.startswith("+ ") for line in lines)
     assert (
         "+ gcloud compute tpus queued-resources create run1 --node-id run1 --accelerator-type v5p-256 "
-        "--runtime-version tpu-ubuntu2204-base --spot --zone z-a --quiet" in lines
+        "--runtime-version v2-alpha-tpuv5 --spot --zone z-a --quiet" in lines
     )
     bundle = next(line for line in lines if "git bundle create" in line)
     shipped = next(line for line in lines if "_host.sh" in line and "scp" not in line)
