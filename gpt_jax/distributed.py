@@ -123,41 +123,30 @@ def said_once(log: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def decide(value: bool) -> bool:
-    """Returns process 0's answer on every process; all must ask. A small collective: not for every step."""
-    if not several():
-        return value
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    """Returns process 0's answer on every process; all must ask. Waits for the slowest: not for every step."""
+    return gather(value)[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Returns the JSON value of every process, by process, on every process; all must ask."""
-    if not several():
-        return [value]
-    import numpy as np
-    from jax.experimental import multihost_utils
+def gather(value: Any, hours: float = 24.0) -> list[Any]:
+    """Returns the JSON value of every process, by process, on every process; all must ask, in the same order.
 
-    line = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.ravel(multihost_utils.process_allgather(np.asarray([len(line)], np.int32)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(line)] = line
-    lines = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:size])) for row, size in zip(lines, sizes, strict=True)]
-
-
-def wait_for_all(name: str, hours: float = 24.0) -> None:
-    """Waits until every process has come to the point of this name, however long one of them works before it.
-
-    A collective would do, but gives up after a while: processes that build data or reports may be minutes apart. Ends
-    early, with an error or by the runtime's abort, if one of them is lost.
+    Through the job's coordination service and not the devices, whose number may differ (that is one thing to find out),
+    and whose collectives give up after a while: processes that build data or reports may be minutes apart. Ends with an
+    error, or by the runtime's abort, if one of them is lost.
     """
     if not several():
-        return
+        return [value]
     from jax._src import distributed  # jax has no public name for the client of its coordination service
 
-    distributed.global_state.client.wait_at_barrier(f"gpt_jax/{name}", int(hours * 3_600_000))
+    state = distributed.global_state
+    number = state.client.key_value_increment(f"gpt_jax/gathered/{state.process_id}", 1)
+    place = f"gpt_jax/gather/{number}"
+    state.client.key_value_set(f"{place}/{state.process_id}", json.dumps(value))
+    state.client.wait_at_barrier(place, int(hours * 3_600_000))
+    found = {int(key.rpartition("/")[2]): json.loads(text) for key, text in state.client.key_value_dir_get(f"{place}/")}
+    if state.process_id == 0:  # all have read the one before
+        state.client.key_value_delete(f"gpt_jax/gather/{number - 1}/")
+    return [found[process] for process in range(state.num_processes)]
 
 
 def check_equal(**facts: Any) -> None:

@@ -331,10 +331,10 @@ def check_matmul() -> Check:
     values = {"flops_per_s": [round(r) for r in rates], "peak_flops_per_s": peak}
     if on_cpu:  # its devices share the cores: nothing to compare with
         return Check("matmul", None, text, values)
+    ranked = sorted((rate, k, host, i) for k, (host, those) in enumerate(found) for i, rate in enumerate(those))
     slow = [
         f"process {k} on {host!r}: device {i} at {rate / 1e12:,.3g}"
-        for k, (host, those) in enumerate(found)
-        for i, rate in enumerate(those)
+        for rate, k, host, i in ranked
         if rate < _SLOW * middle or (peak and rate < _FAR * peak)
     ]
     return Check("matmul", not slow, f"{text}; slow: {', '.join(slow[:4])}" if slow else text, values)

@@ -52,7 +52,6 @@ def train(
         distributed.check_shared(directory.path)
         distributed.check_devices(config.distributed.devices, config.distributed.device_kind)
         run = build_run(config, log)
-        distributed.wait_for_all("data")
         distributed.check_equal(**{"the data": run.data.fingerprint()})
         changes = settle_config(run.config, directory, accept_changes, log)
         checkpointer = stack.enter_context(
@@ -141,7 +140,7 @@ def train(
         writer.flush()
         summary = finish(run, directory, done, values, start, stop.requested, time.monotonic() - started, log)
         save.copy_logs()
-        distributed.wait_for_all("end")
+        distributed.gather("done")
         return summary
 
 

@@ -62,11 +62,12 @@ SBATCH
   [ -z "$account" ] || echo "#SBATCH --account=$account"
   cat <<SBATCH
 set -uo pipefail
-cd "$here"
+cd "$here" || exit 1
 export PATH="$code/.venv/bin:\$PATH"
 # One process per node drives all of its GPUs. Each saves on SIGTERM and ends with 75.
 ends="$logs/\${SLURM_JOB_ID}_\${SLURM_RESTART_COUNT:-0}"
 mkdir -p "\$ends"
+# shellcheck disable=SC2016
 task='python -m gpt_jax.launch -- "\$@"; code=\$?; echo \$code >"\$0/\$SLURM_PROCID"; exit \$code'
 srun --kill-on-bad-exit=1 --output="$logs/%j_%t.log" --open-mode=append bash -c "\$task" "\$ends" $command
 code=\$?
