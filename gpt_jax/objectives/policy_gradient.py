@@ -94,6 +94,8 @@ class PolicyGradient(Objective):
         for name, allowed in (("baseline", BASELINES), ("length", LENGTHS), ("ratio", RATIOS), ("kl", KLS)):
             choose(f"objective.{name}", getattr(self, name), allowed)
         choose("objective.mask", self.mask, MASKS)
+        if isinstance(self.rewards, str):  # one name, as typed
+            object.__setattr__(self, "rewards", (self.rewards,))
         if len(set(self.reward_names)) < len(self.rewards):
             raise UserError(f"objective.rewards has {', '.join(self.reward_names)}: name one of two anew by 'as'.")
         if self.length == "sequence" and self.ratio == "sequence":
