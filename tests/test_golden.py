@@ -116,7 +116,7 @@ def pairs():
 def rollout():
     """Two groups of four answers, drawn by a policy that has moved on since."""
     batch, rng = texts(), np.random.default_rng(8)
-    answers = (batch["segment_ids"] > 0) & (batch["positions"] >= 2)
+    answers = (batch["segment_ids"] > 0) & (batch["positions"] >= 2) & (batch["positions"] < 5)
     one = {name: rng.normal(-3.6, 0.3, (8, 12)).astype(np.float32) for name in ("behaviour", "reference")}
     group = {name: np.repeat(rng.normal(size=(2, 4)), 4, 0).astype(np.float32) for name in ("rewards", "kl")}
     del batch["row_weights"]
@@ -295,11 +295,72 @@ GOLDEN = {
         },
         specials=MASK,
     ),
-    "dpo": Golden({"name": "dpo"}, pairs, {}),
-    "policy_gradient": Golden({"name": "policy_gradient", "group": 4}, rollout, {}),
-    "policy_gradient, grpo": Golden({"name": "policy_gradient", "group": 4, "algorithm": "grpo"}, rollout, {}),
+    "dpo": Golden(
+        {"name": "dpo"},
+        pairs,
+        {
+            "accuracy": 0.42857143,
+            "chosen_log_ratio": -1.0163438,
+            "grad_norm": 0.91623861,
+            "loss": 0.71040404,
+            "loss/dpo": 0.71040404,
+            "margin": -0.0029686391,
+            "rejected_log_ratio": -0.98665732,
+            "next/loss": 0.48380455,
+        },
+    ),
+    "policy_gradient": Golden(
+        {"name": "policy_gradient", "group": 4},
+        rollout,
+        {
+            "clipped": 0,
+            "entropy": 3.3188927,
+            "grad_norm": 15.07296,
+            "kl": 3.2215991,
+            "length": 2.75,
+            "loss": 1.2432886,
+            "loss/policy": 1.2432886,
+            "reward": 0.41833588,
+            "reward/exact_match": 0.2919423,
+            "reward_std": 0.83931333,
+            "next/loss": -0.25873137,
+        },
+    ),
+    "policy_gradient, grpo": Golden(
+        {"name": "policy_gradient", "group": 4, "algorithm": "grpo"},
+        rollout,
+        {
+            "clipped": 0.77272725,
+            "entropy": 3.3188927,
+            "grad_norm": 1.7963856,
+            "kl": 3.2215991,
+            "length": 2.75,
+            "loss": 0.37309,
+            "loss/kl": 1.1586905,
+            "loss/policy": 0.32674238,
+            "reward": 0.41833588,
+            "reward/exact_match": 0.2919423,
+            "reward_std": 0.83931333,
+            "next/loss": -0.070947707,
+        },
+    ),
     "policy_gradient, dr_grpo, weighted": Golden(
-        {"name": "policy_gradient", "group": 4, "algorithm": "dr_grpo", "kl": "weighted", "length": "token"}, rollout, {}
+        {"name": "policy_gradient", "group": 4, "algorithm": "dr_grpo", "kl": "weighted", "length": "token"},
+        rollout,
+        {
+            "clipped": 0.77272725,
+            "entropy": 3.3188927,
+            "grad_norm": 1.6592437,
+            "kl": 3.2215991,
+            "length": 2.75,
+            "loss": 0.37361398,
+            "loss/kl": 0.24769731,
+            "loss/policy": 0.36370608,
+            "reward": 0.41833588,
+            "reward/exact_match": 0.2919423,
+            "reward_std": 0.83931333,
+            "next/loss": 0.0024686824,
+        },
     ),
     "denoising": Golden(
         DENOISING,
