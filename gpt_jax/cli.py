@@ -23,11 +23,13 @@ COMMANDS = {
     "train": "pre-train, fine-tune: whatever objective the config names",
     "eval": "loss, perplexity and bits per byte over the whole validation split",
     "sample": "generate text from a run",
+    "augment": "generate training examples or text, filtered, with provenance",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
 _MODULES = {
     "sample": "gpt_jax.sample",
+    "augment": "gpt_jax.augment.command",
 }
 
 
