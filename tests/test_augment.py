@@ -356,3 +356,49 @@ def test_a_generated_corpus_is_a_store_that_pre_training_mixes_in(lm, tmp_path, 
     built = build_run(resolve({**SMALL, "batch_size": 8, "data": data}), lambda line: None)
     assert built.data.tokens["generated/train"] > 100 and set(built.data.valid) == {"real"}
     assert (np.bincount(built.data.train.sources(0)) == 4).all()
+
+
+# The experiment.
+
+
+def test_arms_are_compared_on_the_same_splits():
+    from gpt_jax.augment.experiment import compare, table
+
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.6, 0.1, 12)
+    rows = [{"split": i, "arm": "none", "accuracy": x} for i, x in enumerate(base)]
+    rows += [{"split": i, "arm": "eda", "accuracy": x + 0.02 + 0.001 * (i % 2)} for i, x in enumerate(base[:10])]
+    found = {row["arm"]: row for row in compare(rows)}
+    assert found["none"]["mean"] == pytest.approx(base.mean()) and found["none"]["sd"] == pytest.approx(
+        base.std(ddof=1)
+    )
+    assert found["eda"]["difference"] == pytest.approx(0.0205) and found["eda"]["splits"] == 10
+    assert 0.02 <= found["eda"]["low"] < 0.0205 < found["eda"]["high"] <= 0.021  # paired: far narrower than the sd
+    assert "| eda | 10 |" in table(list(found.values()))
+
+
+@pytest.mark.slow
+def test_the_experiment_compiles_once_and_goes_on_where_it_stopped(lm, tmp_path):
+    from gpt_jax.augment.experiment import Experiment, Models, Protocol, read_results
+    from gpt_jax.augment.finetune import Recipe
+    from gpt_jax.loading import load
+
+    small = Recipe(steps=12, batch_size=8, length=48, learning_rate=3e-3)
+    protocol = Protocol(per_class=4, count=6, oversample=2, splits=2, generator=small)
+
+    def experiment():
+        neighbours = {"sun": ["song"], "rain": ["tears"]}
+        out = tmp_path / "out"
+        quiet = lambda line: None  # noqa: E731
+        task = toy_tasks.moods(train=40)
+        return Experiment(task, {"name": "classify"}, small, Models(load(lm)), protocol, neighbours, out, quiet)
+
+    first = experiment()
+    arms = ("none", "copy", "eda", "lm+filter")
+    rows = first.run(arms)
+    assert len(rows) == 8 and first.tuner.step.jitted._cache_size() == 1
+    path = tmp_path / "out" / "results.jsonl"
+    kept = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(kept[:5]) + kept[5][:10])  # as if killed while writing
+    assert experiment().run(arms) == rows and read_results(path) == rows
+    assert rows[1]["copied"] == 1.0 and rows[2]["copied"] == 0.0

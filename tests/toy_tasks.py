@@ -67,7 +67,10 @@ def moods(train: int = 20, valid: int = 8, test: int = 8) -> Task:
             for i in range(first, first + count):
                 label = ("glad", "sad")[i % 2]
                 words = [MOODS[label][(i * (j + 1) + j * j + i // 3) % 4] for j in range(4)]
-                yield Classify(f"the {words[0]} and {words[1]} of {words[2]} {words[3]}", label, where=f"moods:{i}")
+                end = " today" if first else ""  # no text is in two splits
+                yield Classify(
+                    f"the {words[0]} and {words[1]} of {words[2]} {words[3]}{end}", label, where=f"moods:{i}"
+                )
 
         return read
 

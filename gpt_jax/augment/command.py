@@ -75,7 +75,7 @@ def _examples(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
     if task.kind != "classify" or not task.labels:
         raise UserError(f"task {task.name} is of kind {task.kind!r}; augment takes 'classify', with labels.")
     rng = random.Random(args.seed)
-    train = draw(task, args.per_class, rng)
+    train = draw(task, single_texts(task), args.per_class, rng)
     generator = make_generator(args, task, train)
     chosen, counts = augment_task(
         train,
@@ -131,17 +131,22 @@ def _text(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
     return {"out": str(out), "store": str(store), "generated": generated, "documents": len(texts), **figures(texts)}
 
 
-def draw(task: Task, per_class: int, rng: random.Random, split: str = "train") -> list[Any]:
+def single_texts(task: Task) -> list[Any]:
+    """The training examples that are one text, not a pair."""
+    examples = [e for e in task.examples("train") if not e.text_b]
+    if not examples:
+        raise UserError(f"task {task.name} has only pairs of texts; augment takes single ones.")
+    return examples
+
+
+def draw(task: Task, examples: Sequence[Any], per_class: int, rng: random.Random) -> list[Any]:
     """Returns so many examples of each class, drawn at random; all of them if 0.
 
     Raises:
       UserError: a class has fewer.
     """
-    examples = [e for e in task.examples(split) if not e.text_b]
-    if not examples:
-        raise UserError(f"task {task.name} has only pairs of texts; augment takes single ones.")
     if not per_class:
-        return examples
+        return list(examples)
     out = []
     for label in task.labels:
         own = [e for e in examples if e.label == label]

@@ -49,7 +49,6 @@ class FineTuner:
         spec = objective.batch_spec(recipe.batch_size, recipe.length)
         mesh = make_mesh(devices=jax.devices()[:1])
         self.step = build_train_step(objective, optimizer, spec, mesh=mesh)
-        self._params = self.step.init(0).all_params
 
     def encode(self, examples: Sequence[Any]) -> EncodedTask:
         """Rows of examples."""
@@ -70,7 +69,9 @@ class FineTuner:
         recipe = self.recipe
         fresh = self.step.init(seed)
         roots = {root: self.start.get(root, tree) for root, tree in fresh.all_params.items()}
-        state = self.step.with_params(fresh, jax.tree.map(jnp.copy, roots))
+        # Placed as the update leaves them, or it would be compiled for both; copied, since the state is donated.
+        placed = jax.tree.map(jax.device_put, roots, self.step.param_shardings)
+        state = self.step.with_params(fresh, jax.tree.map(jnp.copy, placed))
         counts = [recipe.batch_size]
         groups = [examples]
         if shares:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,10 +124,10 @@ class LabelLM:
         objective = Supervised(Transformer(run.config.model))
         start = {"model": start_of(run, "causal_lm", "the generator 'lm'")["model"]}
         self.tuner = FineTuner(objective, rows, tokenizer, start, recipe, labels)
-        self._tuned: tuple[int, Any] = (0, None)
+        self._tuned: tuple[int, Any] = (-1, None)
 
     def augment(self, train: Sequence[Any], rng: random.Random) -> list[Synthetic]:
-        params = self._fit(train, rng)
+        params = self._fit(train)
         prompts, parents, labels, begun = [], [], [], []
         tokenizer = self.run.tokenizer
         for label in self.labels:
@@ -156,11 +157,11 @@ class LabelLM:
             out.append(Synthetic(label, text, float(np.exp(np.mean(logp))) if logp else 0.0, parent))
         return out
 
-    def _fit(self, train: Sequence[Any], rng: random.Random) -> Any:
-        """The tuned parameters: once for the same originals."""
-        key = hash(tuple((e.label, e.text) for e in train))
-        if self._tuned[0] != key or self._tuned[1] is None:
-            self._tuned = (key, self.tuner.fit(train, rng.getrandbits(31)))
+    def _fit(self, train: Sequence[Any]) -> Any:
+        """The tuned parameters: once for the same originals, whose hash is the seed."""
+        seed = zlib.crc32(repr([(e.label, e.text) for e in train]).encode()) & 0x7FFFFFFF
+        if self._tuned[0] != seed:
+            self._tuned = (seed, self.tuner.fit(train, seed))
         return self._tuned[1]
 
 
@@ -195,12 +196,12 @@ class MaskedSubstitution:
         self.rows = HiddenRows(self.eot, self.sep, recipe.length)
         self.tuner = FineTuner(objective, self.rows, tokenizer, start, recipe, labels)
         self._fill = jax.jit(self._fill_in)
-        self._tuned: tuple[int, Any] = (0, None)
+        self._tuned: tuple[int, Any] = (-1, None)
 
     _fit = LabelLM._fit
 
     def augment(self, train: Sequence[Any], rng: random.Random) -> list[Synthetic]:
-        params = self._fit(train, rng)["model"]
+        params = self._fit(train)["model"]
         encoded = self.tuner.encode(train)
         n = encoded.rows_per_epoch
         rows = encoded.build(np.zeros(n, np.int64), np.arange(n))
