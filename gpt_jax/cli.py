@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "pre-train, fine-tune: whatever objective the config names",
     "eval": "loss and bits per byte of the validation split; zero- and few-shot benchmarks; quality of generated text",
     "sample": "generate text from a run",
+    "augment": "generate training examples or text, filtered, with provenance",
     "context": "what a run makes of its context, and of more than that: figures and numbers",
     "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
     "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
@@ -43,6 +44,7 @@ _MODULES = {
     "inspect": "gpt_jax.inspect.command",
     "rerun": "gpt_jax.forensics.rerun",
     "replay": "gpt_jax.forensics.replay",
+    "augment": "gpt_jax.augment.command",
 }
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gpt_jax import distributed, hooks
 from gpt_jax.checkpoint import Checkpointer, restore_subset
 from gpt_jax.config import Config, to_dict
 from gpt_jax.config_changes import compare, decide
 from gpt_jax.console import Console
-from gpt_jax.data import Loader
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all, evaluators_of
@@ -111,21 +111,19 @@ def train(
         stop = stack.enter_context(Preemption())
 
         step, done, pending, values = run.step, start, None, {}
-        with Loader(run.data.train, step.batch_shardings, start, config.steps, prefetch=config.data.prefetch) as loader:
+        with run.loader(lambda: state.all_params, start, console.show) as loader:
             for index, batch in loader:
                 state, metrics = step(state, batch)
                 if pending is not None:
                     report_row(*pending)
                     watch(*pending[:2], state)
-                done, pending = (
-                    index + 1,
-                    (index + 1, metrics, run.rows_at(index) * config.context_length, loader.stall_seconds),
-                )
-                last = done == config.steps
-                stopping = stop.agreed(done)
+                done, tokens = index + 1, run.rows_at(index) * config.context_length
+                pending = (done, metrics, tokens, loader.stall_seconds, dict(loader.perf))
+                last, settled = done == config.steps, done % run.segment == 0
+                stopping = settled and stop.agreed(done // run.segment)
                 evaluating = last or hooks.due(done, config.eval.every_steps)
                 sampling = run.objective.generates and (last or hooks.due(done, config.sample.every_steps))
-                saving = last or stopping or save.is_due(done)
+                saving = last or stopping or (settled and save.is_due(done))
                 if evaluating or sampling or saving:
                     report_row(*pending)
                     watch(*pending[:2], state)
@@ -192,6 +190,9 @@ def initial_state(run: Run, log: Callable[[str], None]) -> TrainState:
     if init.source:
         params, restored = restore_subset(init.source, join(state.params, state.frozen), rename=init.rename)
         log(restored.describe())
+        for root, other in run.objective.copies.items():
+            log(f"{root}: a copy of {other}")
+            params = {**params, root: jax.tree.map(jnp.copy, params[other])}
         state = run.step.with_params(state, params)
     return state
 
