@@ -23,11 +23,13 @@ COMMANDS = {
     "train": "pre-train, fine-tune: whatever objective the config names",
     "eval": "loss, perplexity and bits per byte over the whole validation split",
     "sample": "generate text from a run",
+    "plan": "compile a config's train step for a machine that is not here: memory, communication, speed at best",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
 _MODULES = {
     "sample": "gpt_jax.sample",
+    "plan": "gpt_jax.plan",
 }
 
 
