@@ -69,7 +69,8 @@ class Compiled:
 def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     """Returns the config, filled in, and its train step on a machine, without data; raises UserError if it cannot be.
 
-    The vocabulary is `model.vocab_size`, or else what the tokenizer would have.
+    The vocabulary is `model.vocab_size`, or else what the tokenizer would have. For a GPU that is not here, attention
+    in chunks stands in for cuDNN's.
     """
     mesh = mesh_of(config, machine.devices)
     check_rows(config, mesh)
@@ -77,6 +78,9 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
         config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
     )
     config = fill_in(config, vocabulary_of(config))
+    if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):
+        # cuDNN's kernels cannot be chosen without a GPU; these need about the memory that they do.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunks"))
     specials = config.data.tokenizer.specials
     setting = Setting(
         model=config.model,

@@ -111,6 +111,8 @@ def read_program(text: str, *, domains: Sequence[int], trips: int = 1) -> Progra
         for i in instructions:
             kind = i.opcode.removesuffix("-start")
             if kind in _COLLECTIVES:
+                if kind == "all-reduce" and "all-reduce-scatter" in name:
+                    kind = "reduce-scatter"  # as TPUs write it: the sum, and the slice that is kept
                 one = _collective(kind, i, table, reached[name], domains)
                 # TPUs spread one collective over several fusions: they share its channel.
                 channel = re.search(r"channel_id=(\d+)", i.rest)
@@ -139,18 +141,17 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     current: list[Instruction] | None = None
     entry = ""
     for line in text.splitlines():
-        if current is None or (line and not line[0].isspace() and line[0] != "}"):
+        if current is None:
             head = re.match(r"(ENTRY )?%?([\w.\-~]+) .*\{\s*$", line)
-            if head and " = " not in line.split("(", 1)[0]:
+            if head and not line.startswith("HloModule"):
                 current = computations.setdefault(head[2], [])
                 entry = head[2] if head[1] else entry
-            continue
-        if line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
-            continue
-        instruction = _instruction(line)
-        if instruction:
-            current.append(instruction)
+        else:  # a kernel's description may go over several lines: what is no instruction is skipped
+            instruction = _instruction(line)
+            if instruction:
+                current.append(instruction)
     return computations, entry
 
 
@@ -292,6 +293,9 @@ def _groups(rest: str) -> list[list[int]]:
         shape, base = ([int(n) for n in short[k].split(",")] for k in (1, 2))
         order = [int(n) for n in short[3].split(",")] if short[3] else list(range(len(base)))
         return _iota(shape, base, order)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if named:
+        return _mesh_groups(named[1], named[2])
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
     if listed:
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
@@ -303,6 +307,21 @@ def _iota(shape: list[int], base: list[int], order: list[int]) -> list[list[int]
 
     flat = np.arange(math.prod(base)).reshape(base).transpose(order).reshape(shape)
     return flat.reshape(-1, shape[-1]).tolist()
+
+
+def _mesh_groups(mesh: str, axes: str) -> list[list[int]]:
+    """Groups along some axes, e.g. "'a'=4,'b'=2" and "'a'", or a part of one: "'a':(1)2" is its first two of four."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in
+             re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}  # fmt: skip
+    shape, moving = [], []
+    for name, size in sizes.items():
+        before, width = parts.get(name, (1, 1))
+        moving += [len(shape) + 1] if name in parts else []
+        shape += [before, width, size // (before * width)]
+    order = [axis for axis in range(len(shape)) if axis not in moving] + moving
+    members = math.prod(shape[axis] for axis in moving)
+    return _iota([math.prod(shape) // members, members], shape, order)
 
 
 def _traffic(i: Instruction, table: dict, computations: dict) -> float:
