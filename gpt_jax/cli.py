@@ -59,6 +59,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "--accept-changes", action="store_true", help="continue a run although numerics or data changed"
         )
         parser.add_argument(
+            "--profile", default="", metavar="FIRST:LAST", help="trace these steps for xprof, into WORKDIR/profile"
+        )
+        parser.add_argument(
             "--print-config", action="store_true", help="show every resolved key with its meaning, and stop"
         )
     if command == "eval":
@@ -183,9 +186,10 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         return 0
     if not args.workdir:
         raise UserError("--workdir is missing: where the run goes, e.g. --workdir=runs/first.")
+    from gpt_jax.profiling import parse_steps
     from gpt_jax.train import train
 
-    summary = train(config, args.workdir, accept_changes=args.accept_changes)
+    summary = train(config, args.workdir, accept_changes=args.accept_changes, profile=parse_steps(args.profile))
     code = summary.pop("exit_code")
     _print_json(summary)
     return code

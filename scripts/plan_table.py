@@ -67,7 +67,8 @@ def table(results: dict[tuple[str, str], dict]) -> str:
     """Markdown of all rows that have a result."""
     lines = [
         "| config | machine | chips | mesh fsdp x tensor | micro-batches x rows a shard "
-        "| memory a chip, GiB: state + rest = sum of capacity | fits | sent a chip and step, GB | ms at least: compute, HBM, link, network | MFU at most "
+        "| memory a chip, GiB: state + rest = sum of capacity | fits | sent a chip and step, GB "
+        "| ms at least: compute, HBM, link, network | MFU at most "
         "| compiled in s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
