@@ -21,13 +21,18 @@ from gpt_jax.errors import UserError, nearest
 COMMANDS = {
     "data": "train a tokenizer, build a token store, show statistics and rows",
     "train": "pre-train, fine-tune: whatever objective the config names",
-    "eval": "loss, perplexity and bits per byte over the whole validation split",
+    "eval": "loss and bits per byte of the validation split; zero- and few-shot benchmarks; quality of generated text",
     "sample": "generate text from a run",
     "plan": "compile a config's train step for a machine that is not here: memory, communication, speed at best",
+    "context": "what a run makes of its context, and of more than that: figures and numbers",
+    "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
 _MODULES = {
+    "context": "gpt_jax.context.command",
+    "convert": "gpt_jax.convert",
+    "eval": "gpt_jax.eval_command",
     "sample": "gpt_jax.sample",
     "plan": "gpt_jax.plan",
 }
@@ -64,12 +69,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--print-config", action="store_true", help="show every resolved key with its meaning, and stop"
         )
-    if command == "eval":
-        parser.add_argument("--workdir", required=True, help="the run")
-        parser.add_argument("--step", type=int, default=None, help="checkpoint to evaluate; default: the newest")
-        parser.add_argument("--weights", default="auto", help="raw | ema | average | auto")
-        parser.add_argument("--max-batches", type=int, default=0, help="0 evaluates the whole split")
-        parser.add_argument("--max-generated", type=int, default=0, help="task examples generated for; 0 is all")
     if command in _MODULES:
         importlib.import_module(_MODULES[command]).add_arguments(parser)
     return parser
@@ -193,17 +192,6 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     code = summary.pop("exit_code")
     _print_json(summary)
     return code
-
-
-def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from gpt_jax.evaluate import evaluate_all
-    from gpt_jax.run import restore_run
-
-    run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
-    values = evaluate_all(run, params, max_batches=args.max_batches, step=step, limit=args.max_generated)
-    for name, value in values.items():
-        print(f"{name.ljust(32)} {value:.6g}")
-    return _print_json({"workdir": args.workdir, "step": step, **values})
 
 
 def _print_json(result: dict[str, Any]) -> int:

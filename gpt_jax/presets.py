@@ -152,20 +152,20 @@ def llama2(name: str) -> ml_collections.ConfigDict:
     return config
 
 
-def novels_6m() -> ml_collections.ConfigDict:
-    """Returns the config of a GPT of 5.8M parameters on English novels: what the small experiments fine-tune from."""
+def novels_3m() -> ml_collections.ConfigDict:
+    """Returns the config of a GPT of 2.6M parameters on English novels: what the small experiments fine-tune from."""
     config = base()
-    config.steps = 3600
+    config.steps = 900
     config.batch_size = 32
     config.context_length = 256
-    config.model.update(num_layers=6, d_model=256, num_heads=4)
+    config.model.update(num_layers=4, d_model=192, num_heads=3)
     config.model.update(positions="rope", norm="rmsnorm", ffn="relu2", qk_norm=True, bias=False)
     config.data.path = "$GPT_JAX_DATA/lm/novels_en_train.jsonl.xz"
     config.data.valid_path = "$GPT_JAX_DATA/lm/novels_en_valid.jsonl.xz"
     config.data.tokenizer.vocab_size = 4096
     config.optimizer.update(name="muon", learning_rate=0.02, weight_decay=0.05, end_factor=0.05)
-    config.eval.update(every_steps=300, max_batches=20)
-    config.checkpoint.every_steps = 300
+    config.eval.update(every_steps=150, max_batches=10)
+    config.checkpoint.every_steps = 150
     config.sample.prompts = ("It was ",)
     return config
 
@@ -173,11 +173,11 @@ def novels_6m() -> ml_collections.ConfigDict:
 def fine_tune(
     objective: dict[str, Any], tasks: tuple[Any, ...], *, steps: int, batch_size: int, context_length: int
 ) -> ml_collections.ConfigDict:
-    """Returns the config of a run of `novels_6m` on tasks: `init.from` names the run whose weights it starts from.
+    """Returns the config of a run of `novels_3m` on tasks: `init.from` names the run whose weights it starts from.
 
     Without it the same model starts from scratch, with the tokenizer that `data.tokenizer.path` names or a new one.
     """
-    config = novels_6m()
+    config = novels_3m()
     config.steps, config.batch_size, config.context_length = steps, batch_size, context_length
     config.objective = objective
     config.data.tasks = tasks

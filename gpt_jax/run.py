@@ -104,7 +104,13 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         check_schedule(schedule, config.batch_size, config.microbatches)
         data = dataclasses.replace(data, train=RampedSource(data.train, config.microbatches))
     step = make_step(config, objective, spec, mesh, schedule)
-    return Run(config, data, objective, step, batch_sizes(schedule, config.batch_size), tokens_before(config, schedule))
+    sizes, tokens_at = batch_sizes(schedule, config.batch_size), tokens_before(config, schedule)
+    run = Run(config, data, objective, step, sizes, tokens_at)
+    if config.eval.tasks:
+        from gpt_jax.evaluate import check_tasks
+
+        check_tasks(run)  # an unknown name is told before the first step, not at the first validation
+    return run
 
 
 def tokens_before(config: Config, schedule: Sequence[tuple[int, int]]) -> Callable[[Any], Any]:
@@ -177,9 +183,11 @@ def mesh_of(config: Config, devices: Sequence[jax.Device] | None = None) -> Any:
 
 
 # How a model is executed or regularised: what a run that starts from another's weights chooses for itself.
-_OWN_MODEL_KEYS = re.compile(
+OWN_MODEL_KEYS = re.compile(
     r"attention|query_block|flatten|unroll|remat|dtype|param_dtype|dropout|init_std|scale_residual_init|lora_.*"
 )
+
+ROPE_KEYS = ("rope_scaling", "rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_context")
 
 
 def following_init(config: Config, log: Callable[[str], None]) -> Config:
@@ -190,10 +198,12 @@ def following_init(config: Config, log: Callable[[str], None]) -> Config:
         return config
     if config.init.model:
         theirs = dataclasses.asdict(resolve(saved_config(str(source))).model)
+        if config.model.rope_scaling != "none":  # it reads a longer context than theirs
+            theirs = {key: value for key, value in theirs.items() if key not in ROPE_KEYS}
         changed = {
             key: value
             for key, value in theirs.items()
-            if value != getattr(config.model, key) and not _OWN_MODEL_KEYS.fullmatch(key)
+            if value != getattr(config.model, key) and not OWN_MODEL_KEYS.fullmatch(key)
         }
         if changed:
             shown = ", ".join(f"{key}={value!r}" for key, value in changed.items())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tunes a pre-trained model on real tasks, row by row, and prints the table of test scores.
 
-    gpt-jax train --config=novels_6m --workdir=runs/novels
+    gpt-jax train --config=novels_3m --workdir=runs/novels
     python scripts/task_results.py --base=runs/novels --out=runs/tasks            # every row; done ones are skipped
     python scripts/task_results.py --base=runs/novels --out=runs/tasks --rows=sst2,e2e --hours=2
     python scripts/task_results.py --out=runs/tasks --table                       # the table of what is there
@@ -19,11 +19,14 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 RESULTS = "results.jsonl"
 
@@ -40,24 +43,45 @@ class Row:
     scratch: bool = False
 
 
-ROWS = (
-    Row("sst2", "tasks/sst2", "accuracy", seeds=3, scratch=True),
-    Row("ag_news", "tasks/ag_news", "accuracy", seeds=3, scratch=True),
-    Row("e2e", "tasks/e2e", "bleu", seeds=3, scratch=True),
-    Row("wnut17", "tasks/wnut17", "entity_f1"),
-    Row("squad", "tasks/squad", "f1"),
-    Row("multi30k", "tasks/multi30k", "bleu"),
-    Row("multi30k, causal", "tasks/multi30k", "bleu", ("--config.objective.mask=causal",)),
-    Row("scitldr", "tasks/scitldr", "rougeL"),
-    Row("scitldr, causal", "tasks/scitldr", "rougeL", ("--config.objective.mask=causal",)),
-    Row("babi", "tasks/babi", "accuracy"),
-    # Four tasks of four kinds at once: at the steps of one of them, and at the steps of all together.
-    Row("four", "tasks/four", "sst2/accuracy"),
-    Row("four, long", "tasks/four", "sst2/accuracy", ("--config.steps=3600",)),
-    # One passage, three objectives: the span, the question, the text.
-    Row("joint", "tasks/squad_joint", "span/f1"),
-    Row("question", "tasks/squad_question", "bleu"),
-)
+def alone(config: str, part: str) -> tuple[str, ...]:
+    """The overrides that leave of a mixture's config one part, with its rows, coefficient and data as they are."""
+    from gpt_jax.config import load
+
+    options = thaw(load(config).objective["tasks"][part])
+    return (f"--config.objective.tasks={ ({part: options})!r}", f"--config.batch_size={options['rows']}")
+
+
+def thaw(value: Any) -> Any:
+    """A config's frozen mapping as plain dicts, whose text reads back."""
+    return {k: thaw(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def rows() -> tuple[Row, ...]:
+    """Every row of the table."""
+    causal, four, joint = ("--config.objective.mask=causal",), "tasks/four", "tasks/squad_joint"
+    # Four tasks of four kinds in one update, beside each by itself: at the steps of the four together, of which each
+    # task's sub-batch is in every one (equal steps per task), and at a quarter of them (equal steps in all).
+    of_four = (("sst2", "accuracy"), ("wnut17", "entity_f1"), ("squad", "f1"), ("e2e", "bleu"))
+    quarter = ("--config.steps=75",)
+    # One passage, three objectives: the span, the question, the text; beside each by itself.
+    of_joint = (("span", "f1"), ("question", "bleu"), ("text", "nll"))
+    return (
+        Row("sst2", "tasks/sst2", "accuracy", seeds=3, scratch=True),
+        Row("ag_news", "tasks/ag_news", "accuracy", seeds=3, scratch=True),
+        Row("e2e", "tasks/e2e", "bleu", seeds=3, scratch=True),
+        Row("wnut17", "tasks/wnut17", "entity_f1"),
+        Row("squad", "tasks/squad", "f1"),
+        Row("multi30k", "tasks/multi30k", "bleu"),
+        Row("multi30k, causal", "tasks/multi30k", "bleu", causal),
+        Row("scitldr", "tasks/scitldr", "rougeL"),
+        Row("scitldr, causal", "tasks/scitldr", "rougeL", causal),
+        Row("babi", "tasks/babi", "accuracy"),
+        Row("four", four, "sst2/accuracy"),
+        *(Row(f"four: {part} alone", four, metric, alone(four, part)) for part, metric in of_four),
+        *(Row(f"four: {part} alone, a quarter", four, metric, alone(four, part) + quarter) for part, metric in of_four),
+        Row("joint", joint, "span/f1"),
+        *(Row(f"joint: {part} alone", joint, metric, alone(joint, part)) for part, metric in of_joint),
+    )
 
 
 def run(command: list[str], log: pathlib.Path) -> dict:
@@ -86,7 +110,7 @@ def cells(rows: list[Row]) -> list[tuple[Row, str, int]]:
 
 def measure(row: Row, start: str, seed: int, base: pathlib.Path, out: pathlib.Path) -> dict:
     """Trains and tests one cell; returns its entry in the table's file."""
-    workdir = out / f"{row.name.replace(', ', '-').replace(' ', '-')}-{start}-{seed}"
+    workdir = out / f"{'-'.join(re.findall(r'[a-z0-9_]+', row.name))}-{start}-{seed}"
     command = [sys.executable, "-m", "gpt_jax.cli", "train", f"--config={row.config}", f"--workdir={workdir}"]
     command += [f"--config.seed={seed}", *row.overrides]
     if start == "pretrained":
@@ -103,7 +127,7 @@ def measure(row: Row, start: str, seed: int, base: pathlib.Path, out: pathlib.Pa
         "start": start,
         "seed": seed,
         "metric": row.metric,
-        "score": scores[f"valid/{row.metric}"],
+        "score": next(v for k, v in scores.items() if k == f"valid/{row.metric}" or k.endswith(f"/{row.metric}")),
         "scores": {k.removeprefix("valid/"): v for k, v in scores.items() if k.startswith("valid/")},
         "train_seconds": round(trained),
         "seconds": round(time.monotonic() - begun),
@@ -147,11 +171,12 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=0.0, help="start no further run after so many hours")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     args = parser.parse_args()
-    names = {row.name for row in ROWS}
-    wanted = [name.strip() for name in args.rows.split(",") if name.strip()] or sorted(names)
+    table_rows = rows()
+    names = {row.name for row in table_rows}
+    wanted = [name.strip() for name in args.rows.split(",") if name.strip()] or list(names)
     for name in wanted:
         if name not in names:
-            parser.error(f"--rows has {name!r}; allowed: {', '.join(row.name for row in ROWS)}.")
+            parser.error(f"--rows has {name!r}; allowed: {', '.join(row.name for row in table_rows)}.")
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / RESULTS
@@ -161,7 +186,7 @@ def main() -> int:
             parser.error(f"--base is {args.base!r}; it must be the workdir of a finished run.")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         begun, done = time.monotonic(), {(r["row"], r["start"], r["seed"]) for r in results}
-        for row, start, seed in cells([row for row in ROWS if row.name in wanted]):
+        for row, start, seed in cells([row for row in table_rows if row.name in wanted]):
             late = args.hours and time.monotonic() - begun > 3600 * args.hours
             if late or (row.name, start, seed) in done:
                 continue

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = ["README.md", *(f"docs/{page}.md" for page in ("objective", "data", "resume", "tasks", "finetune"))]
+DOCS = ("objective", "data", "resume", "tasks", "finetune", "convert", "context", "evaluate")
+PAGES = ["README.md", *(f"docs/{page}.md" for page in DOCS)]
 TINY = [
     *("--config.model.num_layers=1", "--config.model.d_model=32", "--config.model.num_heads=2"),
     *("--config.batch_size=16", "--config.context_length=32", "--config.data.tokenizer.vocab_size=400"),

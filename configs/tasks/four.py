@@ -13,4 +13,4 @@ def get_config():
             "e2e": dict(name="supervised", rows=8, mask="prefix", max_new=80, data={"tasks": ("e2e",)}),
         },
     )
-    return fine_tune(objective, (), steps=1200, batch_size=40, context_length=256)
+    return fine_tune(objective, (), steps=300, batch_size=40, context_length=256)

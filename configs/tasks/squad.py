@@ -5,4 +5,4 @@ from gpt_jax.presets import fine_tune
 
 def get_config():
     objective = dict(name="span_qa", doc_stride=96)
-    return fine_tune(objective, ("squad",), steps=1200, batch_size=16, context_length=256)
+    return fine_tune(objective, ("squad",), steps=300, batch_size=16, context_length=256)

@@ -13,4 +13,4 @@ def get_config():
             "text": dict(name="supervised", rows=4, loss_on="all", max_new=32, coef=0.25, data=question),
         },
     )
-    return fine_tune(objective, (), steps=1200, batch_size=28, context_length=256)
+    return fine_tune(objective, (), steps=300, batch_size=28, context_length=256)

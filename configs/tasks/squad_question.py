@@ -6,4 +6,4 @@ from gpt_jax.presets import fine_tune
 def get_config():
     objective = dict(name="supervised", mask="prefix", max_new=32)
     tasks = ({"name": "squad_generate", "generate": "question"},)
-    return fine_tune(objective, tasks, steps=1200, batch_size=8, context_length=256)
+    return fine_tune(objective, tasks, steps=300, batch_size=8, context_length=256)

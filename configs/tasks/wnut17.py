@@ -5,4 +5,4 @@ from gpt_jax.presets import fine_tune
 
 def get_config():
     objective = dict(name="tag")
-    return fine_tune(objective, ("wnut17",), steps=600, batch_size=32, context_length=96)
+    return fine_tune(objective, ("wnut17",), steps=300, batch_size=32, context_length=96)

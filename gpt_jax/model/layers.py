@@ -59,7 +59,7 @@ class Product(nn.Module):
         y = multiply(x.astype(dtype), kernel)
         if config.is_low_rank(self.name):
             y = y + self._low_rank(x.astype(dtype)).reshape(y.shape)
-        if self.bias and config.bias:
+        if self.bias and config.has_bias(self.name):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[n:]))
             y = add_bias(y, self.param("bias", zeros, out_shape, config.param_dtype))
         return y.reshape((*lead, *out_shape))
@@ -151,14 +151,14 @@ class Attention(nn.Module):
             kwargs = dict(epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, scale_init=axis)
             q, k = nn.RMSNorm(name="q_norm", **kwargs)(q), nn.RMSNorm(name="k_norm", **kwargs)(k)
         if config.positions == "rope":
-            q, k = rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base)
+            q, k = (rotate(x, positions, config.rope_base, config.rope) for x in (q, k))
         variant = self._variant(keys_B)
         if cache is None:
             out = run_attention(q, k, v, mask, variant, name=config.attention, block=config.query_block)
         else:
             cache = cache.write(layer, k, v)
             causal = mask.kind == "causal"
-            out = attend_cache(q, *cache.read(layer), positions, cache.positions_BxS, variant, causal=causal)
+            out = attend_cache(q, *cache.read(layer), positions, cache.positions(layer), variant, causal=causal)
         std = residual_std(config)
         if config.head_dims:
             flat = jnp.concatenate([out[:, :, h, :size] for h, size in enumerate(config.head_dims)], axis=-1)
