@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "loss and bits per byte of the validation split; zero- and few-shot benchmarks; quality of generated text",
     "sample": "generate text from a run",
     "augment": "generate training examples or text, filtered, with provenance",
+    "plan": "compile a config's train step for a machine that is not here: memory, communication, speed at best",
     "context": "what a run makes of its context, and of more than that: figures and numbers",
     "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
     "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
@@ -45,6 +46,7 @@ _MODULES = {
     "rerun": "gpt_jax.forensics.rerun",
     "replay": "gpt_jax.forensics.replay",
     "augment": "gpt_jax.augment.command",
+    "plan": "gpt_jax.plan",
 }
 
 
@@ -72,6 +74,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--workdir", default="", help="the run's directory; an existing run is continued")
         parser.add_argument(
             "--accept-changes", action="store_true", help="continue a run although numerics or data changed"
+        )
+        parser.add_argument(
+            "--profile", default="", metavar="FIRST:LAST", help="trace these steps for xprof, into WORKDIR/profile"
         )
         parser.add_argument(
             "--print-config", action="store_true", help="show every resolved key with its meaning, and stop"
@@ -196,10 +201,11 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         return 0
     if not args.workdir:
         raise UserError("--workdir is missing: where the run goes, e.g. --workdir=runs/first.")
+    from gpt_jax.profiling import parse_steps
     from gpt_jax.train import train
 
     join_job(args, config)
-    summary = train(config, args.workdir, accept_changes=args.accept_changes)
+    summary = train(config, args.workdir, accept_changes=args.accept_changes, profile=parse_steps(args.profile))
     code = summary.pop("exit_code")
     if is_first():
         _print_json(summary)

@@ -101,6 +101,8 @@ class MeshConfig:
     fsdp: int = option(-1, "devices along the fsdp axis (batch and parameters sharded)")
     tensor: int = option(1, "devices along the tensor axis (heads, ff and vocabulary sharded)")
     sequence: int = option(1, "devices along the sequence axis (tokens of a row sharded)")
+    slices: int = option(0, "parts of the machine that a slower network joins (TPU multi-slice); 0: what devices say")
+    slice_axis: str = option("data", "the axis that goes across slices: data | fsdp")
     rules: tuple[tuple[str, Any], ...] = option((), "extra (logical axis, mesh axis) rules, tried before the defaults")
 
 

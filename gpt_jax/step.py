@@ -273,10 +273,15 @@ class TrainStep:
         """Places a host batch on the mesh."""
         return jax.tree.map(jax.device_put, batch, self.batch_shardings)
 
+    def trace(self) -> Any:
+        """Traces the update for its shapes and shardings, without data."""
+        with self.context():
+            return self.jitted.trace(self.abstract, self.batch_spec)
+
     def lower(self) -> Any:
         """Lowers the update for its shapes and shardings, without data: for ahead-of-time compilation."""
         with self.context():
-            return self.jitted.lower(self.abstract, self.batch_spec)
+            return self.trace().lower()
 
     @property
     def abstract_state(self) -> TrainState:

@@ -23,6 +23,7 @@ from gpt_jax.evaluate import evaluate_all, evaluators_of
 from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb
 from gpt_jax.model.config import count_parameters
+from gpt_jax.profiling import Trace
 from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
@@ -34,13 +35,18 @@ from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir
 
 
 def train(
-    config: Config, workdir: str, *, accept_changes: bool = False, log: Callable[[str], None] = print
+    config: Config,
+    workdir: str,
+    *,
+    accept_changes: bool = False,
+    profile: range = range(0),
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains to `config.steps`, continuing the run that `workdir` holds, if any.
 
     Args:
       config: resolved. workdir: the run's directory. accept_changes: continue although numerics or data changed.
-      log: where lines for people go.
+      profile: steps to trace, counted from 1, into `workdir`/profile. log: where lines for people go.
 
     Returns:
       What the command prints last: steps, losses, seconds, and `exit_code` (0, or 75 when asked to stop).
@@ -109,11 +115,15 @@ def train(
         sample = hooks.Sample(directory, console, sampler(run))
         watch = Watch(directory, run.data.train, run.step, config.seed, writer, config.log.spike_z)
         stop = stack.enter_context(Preemption())
+        trace = Trace(directory.path / "profile", profile)
+        stack.callback(trace.close)
 
         step, done, pending, values = run.step, start, None, {}
         with run.loader(lambda: state.all_params, start, console.show) as loader:
             for index, batch in loader:
+                trace.before(index + 1, state)
                 state, metrics = step(state, batch)
+                trace.after(index + 1, metrics)
                 if pending is not None:
                     report_row(*pending)
                     watch(*pending[:2], state)
