@@ -115,8 +115,7 @@ def _look(run: Loaded, prompt: str, new: list[int]) -> tuple[list[Any], int]:
 
 
 def _prompt_ids(run: Any, prompt: str) -> list[int]:
-    begin = [] if run.tokenizer.eot is None else [run.tokenizer.eot]
-    return begin + run.tokenizer.encode(prompt).tolist()
+    return run.tokenizer.begin + run.tokenizer.encode(prompt).tolist()
 
 
 def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
