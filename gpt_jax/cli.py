@@ -23,13 +23,30 @@ from gpt_jax.errors import UserError, nearest
 COMMANDS = {
     "data": "train a tokenizer, build a token store, show statistics and rows",
     "train": "pre-train, fine-tune: whatever objective the config names",
-    "eval": "loss, perplexity and bits per byte over the whole validation split",
+    "eval": "loss and bits per byte of the validation split; zero- and few-shot benchmarks; quality of generated text",
     "sample": "generate text from a run",
+    "augment": "generate training examples or text, filtered, with provenance",
+    "plan": "compile a config's train step for a machine that is not here: memory, communication, speed at best",
+    "context": "what a run makes of its context, and of more than that: figures and numbers",
+    "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
+    "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
+    "inspect": "look into a checkpoint: attention, logit lens, heads, patching, attribution",
+    "rerun": "repeat the first steps of a run: is every number the same?",
+    "replay": "repeat one step of a run: its rows, norms, and what first was not finite",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
 _MODULES = {
+    "context": "gpt_jax.context.command",
+    "convert": "gpt_jax.convert",
+    "eval": "gpt_jax.eval_command",
     "sample": "gpt_jax.sample",
+    "ablate": "gpt_jax.ablate",
+    "inspect": "gpt_jax.inspect.command",
+    "rerun": "gpt_jax.forensics.rerun",
+    "replay": "gpt_jax.forensics.replay",
+    "augment": "gpt_jax.augment.command",
+    "plan": "gpt_jax.plan",
 }
 
 
@@ -59,15 +76,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "--accept-changes", action="store_true", help="continue a run although numerics or data changed"
         )
         parser.add_argument(
+            "--profile", default="", metavar="FIRST:LAST", help="trace these steps for xprof, into WORKDIR/profile"
+        )
+        parser.add_argument(
             "--print-config", action="store_true", help="show every resolved key with its meaning, and stop"
         )
-    if command == "eval":
-        parser.add_argument("--workdir", required=True, help="the run")
-        parser.add_argument("--step", type=int, default=None, help="checkpoint to evaluate; default: the newest")
-        parser.add_argument("--weights", default="auto", help="raw | ema | average | auto")
-        parser.add_argument("--max-batches", type=int, default=0, help="0 evaluates the whole split")
-        parser.add_argument("--max-generated", type=int, default=0, help="task examples generated for; 0 is all")
-    if command in ("train", "eval"):
+    if command == "train":
         cluster.add_arguments(parser)
     if command in _MODULES:
         importlib.import_module(_MODULES[command]).add_arguments(parser)
@@ -187,10 +201,11 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         return 0
     if not args.workdir:
         raise UserError("--workdir is missing: where the run goes, e.g. --workdir=runs/first.")
+    from gpt_jax.profiling import parse_steps
     from gpt_jax.train import train
 
     join_job(args, config)
-    summary = train(config, args.workdir, accept_changes=args.accept_changes)
+    summary = train(config, args.workdir, accept_changes=args.accept_changes, profile=parse_steps(args.profile))
     code = summary.pop("exit_code")
     if is_first():
         _print_json(summary)
@@ -209,21 +224,6 @@ def join_job(args: argparse.Namespace, config: Any) -> None:
         join_seconds=config.distributed.join_seconds,
         facts={"the config": fingerprint(configs.to_dict(config)), "--workdir": args.workdir},
     )
-
-
-def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from gpt_jax import config as configs
-    from gpt_jax.evaluate import evaluate_all
-    from gpt_jax.run import restore_run, saved_config
-
-    join_job(args, configs.resolve(saved_config(args.workdir), overrides))
-    run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
-    values = evaluate_all(run, params, max_batches=args.max_batches, step=step, limit=args.max_generated)
-    if not is_first():
-        return 0
-    for name, value in values.items():
-        print(f"{name.ljust(32)} {value:.6g}")
-    return _print_json({"workdir": args.workdir, "step": step, **values})
 
 
 def _print_json(result: dict[str, Any]) -> int:

@@ -101,6 +101,8 @@ class MeshConfig:
     fsdp: int = option(-1, "devices along the fsdp axis (batch and parameters sharded)")
     tensor: int = option(1, "devices along the tensor axis (heads, ff and vocabulary sharded)")
     sequence: int = option(1, "devices along the sequence axis (tokens of a row sharded)")
+    slices: int = option(0, "parts of the machine that a slower network joins (TPU multi-slice); 0: what devices say")
+    slice_axis: str = option("data", "the axis that goes across slices: data | fsdp")
     rules: tuple[tuple[str, Any], ...] = option((), "extra (logical axis, mesh axis) rules, tried before the defaults")
 
 
@@ -122,6 +124,9 @@ class CompilerConfig:
 class InitConfig:
     source: str = option("", "`init.from`: a run's workdir or checkpoint whose weights to start from, by name")
     model: bool = option(True, "take the shape of the model (model.*) from that run too; False keeps this config's")
+    rename: tuple[tuple[str, str], ...] = option(
+        (), "(regex, replacement) pairs over that run's parameter names, e.g. (('^model/', 'reference/'),)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +145,9 @@ class EvalConfig:
     max_generated: int = option(100, "examples of a task whose text is generated in one during training; 0 is all")
     batch_size: int = option(0, "sequences of a validation batch; 0 uses batch_size")
     weights: str = option("auto", "which weights are evaluated, sampled, exported: raw | ema | average | auto")
+    tasks: tuple[str, ...] = option((), "benchmarks run with every validation, as `gpt-jax eval --tasks` names them")
+    task_limit: int = option(100, "and how many items of each (of each of its groups); 0 is all")
+    task_shots: int = option(0, "and how many demonstrations before each item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +157,7 @@ class LogConfig:
     tensorboard: bool = option(True, "write TensorBoard events")
     copy_to: str = option("", "gs:// or s3:// URL that logs and report are copied to at each save; empty is off")
     wandb: str = option("", "a Weights & Biases project (extra `wandb`); empty is off")
+    spike_z: float = option(6.0, "keep the batch, norms and row losses of a step whose z-score is above; 0 is off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +204,8 @@ class Config:
             ("log", "console_every_steps", 1),
             ("eval", "every_steps", 0),
             ("eval", "max_batches", 0),
+            ("eval", "task_limit", 0),
+            ("eval", "task_shots", 0),
             ("sample", "every_steps", 0),
             ("checkpoint", "every_steps", 0),
             ("checkpoint", "every_minutes", 0),
@@ -309,15 +320,16 @@ def find_config(name_or_path: str) -> pathlib.Path:
     )
 
 
-def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
+def call_config_file(path: pathlib.Path, function: str) -> Any:
+    """Runs a config file and returns what its function `function` returns; its mistakes become a UserError."""
     spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        tree = module.get_config()
+        return getattr(module, function)()
     except AttributeError as error:
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{path} does not define get_config().") from None
+        if not hasattr(module, function):
+            raise UserError(f"{path} does not define {function}().") from None
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     except KeyError as error:
         raise UserError(f"{path}: {' '.join(str(error.args[0] if error.args else error).split())}") from None
@@ -327,6 +339,10 @@ def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
+    tree = call_config_file(path, "get_config")
     if isinstance(tree, ml_collections.ConfigDict):
         return tree.to_dict()
     if not isinstance(tree, Mapping):

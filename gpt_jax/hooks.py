@@ -36,10 +36,12 @@ class Log:
     console_every: int
     max_skipped: int
 
-    def __call__(self, step: int, metrics: Mapping[str, Any], tokens: int, stall: float) -> None:
-        """Logs step `step`; `metrics` are fetched here, after the next step has been dispatched."""
+    def __call__(
+        self, step: int, metrics: Mapping[str, Any], tokens: int, stall: float, more: Mapping[str, float] | None = None
+    ) -> None:
+        """Logs step `step`; `metrics` are fetched here, after the next step has been dispatched; `more` is 'perf/*'."""
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        perf = self.clock.tick(step, tokens, stall)
+        perf = self.clock.tick(step, tokens, stall) | dict(more or {})
         skipped_in_a_row = values.pop("skipped_in_a_row", 0.0)
         if due(step, self.every) or step == self.steps:
             self.writer.add(step, {f"train/{name}": value for name, value in values.items()} | perf)

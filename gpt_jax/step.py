@@ -183,8 +183,9 @@ def gradients(
       (loss, metrics by name, gradient with respect to `params`, float32).
     """
     rows = objective.num_rows(batch)
-    keys = row_keys(seed, step, jnp.arange(rows))
-    batch = objective.prepare(batch, keys, step)
+    with jax.named_scope("prepare"):  # names that forensics tells
+        keys = row_keys(seed, step, jnp.arange(rows))
+        batch = objective.prepare(batch, keys, step)
     pieces, piece_keys = (cut(batch, microbatches), cut(keys, microbatches)) if microbatches > 1 else (None, None)
 
     if objective.needs_scores:
@@ -272,10 +273,15 @@ class TrainStep:
         """Places a host batch on the mesh."""
         return jax.tree.map(jax.device_put, batch, self.batch_shardings)
 
+    def trace(self) -> Any:
+        """Traces the update for its shapes and shardings, without data."""
+        with self.context():
+            return self.jitted.trace(self.abstract, self.batch_spec)
+
     def lower(self) -> Any:
         """Lowers the update for its shapes and shardings, without data: for ahead-of-time compilation."""
         with self.context():
-            return self.jitted.lower(self.abstract, self.batch_spec)
+            return self.trace().lower()
 
     @property
     def abstract_state(self) -> TrainState:
@@ -386,8 +392,9 @@ def build_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
-        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         average = state.ema
         if ema:
             average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params)
