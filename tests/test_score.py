@@ -1,6 +1,8 @@
 """Scoring: sums against the plain forward pass, alone and in any batch; where a text is cut; what each normalisation
 prefers on models whose probabilities are known."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +22,18 @@ def model():
     return Transformer(config), params_of(config)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens):
+    return model.apply({"params": params}, tokens).logits
+
+
 def plain(model, params, ids):
-    """log P of every token but the first, in float64 from the whole forward pass of one row."""
-    logits = np.asarray(model.apply({"params": params}, jnp.asarray([ids])).logits[0], np.float64)
-    logp = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-    logp -= logits.max(-1, keepdims=True)
+    """log P of every token but the first, in float64 from the forward pass of one row (padded: it is causal)."""
+    padded = np.zeros((1, 40), np.int32)
+    padded[0, : len(ids)] = ids
+    logits = np.asarray(forward(model, params, padded)[0, : len(ids)], np.float64)
+    logp = logits - logits.max(-1, keepdims=True)
+    logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
     return logp[np.arange(len(ids) - 1), ids[1:]], logp.argmax(-1)[:-1] == np.asarray(ids[1:])
 
 
