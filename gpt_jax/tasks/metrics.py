@@ -5,6 +5,7 @@ What a prediction and its gold are, by kind of task:
     classify          the label's name          the label's name
     tag               tags, one per word        tags, one per word
     multiple_choice   index of the choice       index of the choice
+    preference        0 chosen, 1 rejected      0
     text_to_text      generated text            tuple of acceptable texts
     span_qa           text of the answer        tuple of acceptable answers
     dialogue          text of the last turn     tuple of it alone
@@ -15,10 +16,8 @@ others from 0 to 1 (mcc from -1). Libraries are imported when a metric is comput
 
 from __future__ import annotations
 
-import bisect
 import collections
 import importlib
-import math
 import re
 import string
 import warnings
@@ -27,6 +26,7 @@ from typing import Any
 
 from gpt_jax.errors import UserError
 from gpt_jax.options import import_path
+from gpt_jax.text_quality import distinct_n, mean_seq_rep_n, self_bleu
 
 Golds = Sequence[Any]
 Texts = Sequence[str]
@@ -145,56 +145,14 @@ def rouge_l(predictions: Texts, golds: Golds, labels: Sequence[str] = ()) -> flo
 # Generated text by itself; words are what white space separates.
 
 
-def distinct_n(texts: Texts, n: int) -> float:
-    """Different n-grams of all texts over their number (Li et al. 2016); 0 if there is none."""
-    grams = [gram for text in texts for gram in ngrams(text.split(), n)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
 def seq_rep_n(texts: Texts, n: int = 4) -> float:
     """Mean over texts of 1 - different / all n-grams (Welleck et al. 2020); texts without one are left out."""
-    found = [grams for text in texts if (grams := ngrams(text.split(), n))]
-    return sum(1 - len(set(grams)) / len(grams) for grams in found) / len(found) if found else 0.0
+    return mean_seq_rep_n((text.split() for text in texts), n)
 
 
 def self_bleu_4(texts: Texts) -> float:
-    """Mean BLEU-4 of each text against all others (Zhu et al. 2018); identical texts give 1.
-
-    Orders without a match count 0.1 (Chen and Cherry's method 1). Each n-gram keeps its two largest counts among the
-    texts, so that the time is linear in the texts; NLTK's own loop over all pairs gives the same numbers.
-    """
-    if len(texts) < 2:
-        raise UserError("self_bleu_4 compares texts with each other: at least two are needed.")
-    words = [text.split() for text in texts]
-    best: list[dict[tuple, list[tuple[int, int]]]] = [{} for _ in range(4)]  # (count, text), the largest two
-    for number, text in enumerate(words):
-        for n in range(4):
-            for gram, count in collections.Counter(ngrams(text, n + 1)).items():
-                best[n][gram] = sorted([*best[n].get(gram, []), (count, number)], reverse=True)[:2]
-    lengths = sorted(map(len, words))
-    return sum(_bleu_among(text, number, best, lengths) for number, text in enumerate(words)) / len(words)
-
-
-def _bleu_among(text: list[str], number: int, best: list[dict], lengths: list[int]) -> float:
-    log_precision = 0.0
-    for n in range(4):
-        counts = collections.Counter(ngrams(text, n + 1))
-        clipped = 0
-        for gram, count in counts.items():
-            clipped += min(count, max((c for c, owner in best[n][gram] if owner != number), default=0))
-        if n == 0 and clipped == 0:
-            return 0.0
-        log_precision += math.log((clipped or 0.1) / max(1, counts.total())) / 4
-    others = list(lengths)
-    others.pop(bisect.bisect_left(others, len(text)))
-    at = bisect.bisect_left(others, len(text))
-    closest = min(others[max(0, at - 1) : at + 1], key=lambda length: (abs(length - len(text)), length))
-    return math.exp(min(0.0, 1 - closest / len(text)) + log_precision)
-
-
-def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """Returns all len(words) - n + 1 n-grams in order."""
-    return list(zip(*(words[i:] for i in range(n)), strict=False))
+    """Mean BLEU-4 of each text against all others: see `gpt_jax.text_quality.self_bleu`."""
+    return self_bleu(texts, 4)
 
 
 # The libraries.
@@ -265,7 +223,7 @@ def _is_right(prediction: Any, gold: Any) -> bool:
     return prediction == gold
 
 
-_LABELLED = ("classify", "tag", "multiple_choice")
+_LABELLED = ("classify", "tag", "multiple_choice", "preference")
 _TEXT = ("text_to_text", "span_qa", "dialogue")
 
 # name -> (kinds it is for, function)
