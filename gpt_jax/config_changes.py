@@ -15,10 +15,13 @@ FREE, NUMERICS, IMPOSSIBLE = "free", "numerics", "impossible"
 _TABLE: tuple[tuple[str, str, str], ...] = (
     ("name", FREE, ""),
     ("mesh.*", FREE, "same batches, losses equal up to rounding"),
+    ("distributed.*", FREE, ""),
+    ("compiler.*", FREE, "same numbers up to rounding"),
     ("microbatches", FREE, "same gradient up to rounding"),
     ("log.*", FREE, ""),
     ("eval.every_steps", FREE, ""),
     ("eval.batch_size", FREE, "same losses up to rounding"),
+    ("eval.task*", FREE, ""),
     ("eval.*", NUMERICS, "validation losses before and after do not compare"),
     ("checkpoint.*", FREE, ""),
     ("sample.*", FREE, ""),

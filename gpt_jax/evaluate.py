@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from gpt_jax.data import Loader
+from gpt_jax.errors import UserError
 from gpt_jax.objectives.base import Objective
 from gpt_jax.predictions import score_task
 
@@ -105,7 +106,39 @@ def evaluate_all(
     if out and "valid/loss" not in out:
         coefs = {part: coef for part, (_, coef) in run.objective.parts().items()}
         out["valid/loss"] = sum(coefs[part] * sum(found) / len(found) for part, found in losses.items())
+    if run.config.eval.tasks:
+        out |= evaluate_tasks(run, params)
     return out
+
+
+def evaluate_tasks(run: Any, params: Any) -> dict[str, float]:
+    """Runs the benchmarks of `eval.tasks` on the run's own mesh: {"tasks/lambada/accuracy": ..., "..._se": ...}.
+
+    Raises:
+      UserError: an objective whose model does not continue a text, an unknown benchmark.
+    """
+    from gpt_jax.benchmarks import run_benchmark
+    from gpt_jax.score import Scorer
+
+    settings, out = run.config.eval, {}
+    benchmarks = check_tasks(run)
+    scorer = Scorer(run.objective.model, params["model"], run.data.tokenizer, mesh=run.step.mesh, rules=run.step.rules)
+    for benchmark in benchmarks:
+        found = run_benchmark(benchmark, scorer, shots=settings.task_shots, limit=settings.task_limit)
+        for name, value in found.items():
+            if f"{name}_se" in found and not name.startswith("accuracy_"):
+                out[f"tasks/{benchmark.name}/{name}"] = value
+                out[f"tasks/{benchmark.name}/{name}_se"] = found[f"{name}_se"]
+    return out
+
+
+def check_tasks(run: Any) -> list[Any]:
+    """Returns the benchmarks of `eval.tasks`, scored on their validation split where they have one."""
+    from gpt_jax.benchmarks import load_benchmark
+
+    if not run.objective.generates or not hasattr(run.objective, "model"):
+        raise UserError("eval.tasks names benchmarks, but the objective does not teach its model to continue a text.")
+    return [load_benchmark(name, "valid") for name in run.config.eval.tasks]
 
 
 def evaluators_of(run: Any) -> dict[str, Evaluators]:

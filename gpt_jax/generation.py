@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from gpt_jax.errors import UserError
 from gpt_jax.model import Cache, Mask, Transformer
+from gpt_jax.model.cache import ring_slots
 from gpt_jax.model.decoding import decoding_params
 from gpt_jax.sampling import Filters, Sampling, filter_logits, penalise, sample_token
 
@@ -78,25 +79,34 @@ def _prefill(
     if requests.filters.repetition_penalty is not None:
         rows = jnp.arange(B)[:, None]
         seen = jnp.zeros((B, V), bool).at[rows, requests.tokens_BxT].max(positions_BxT >= 0)
+    last = prefill_piece(T) if not bidirectional else T
     state = State(
         out_BxN=jnp.zeros((B, size), jnp.int32),
         logprobs_BxN=jnp.zeros((B, size if logprobs else 0), jnp.float32),
         count=jnp.zeros((), jnp.int32),
-        cache=Cache.empty(model.config, B, T + size),
+        cache=Cache.empty(model.config, B, T + size, ring_slots(model.config, last)),
         done_B=requests.lengths_B == 0,
         seen_BxV=seen,
     )
-    last = T if T <= _PREFILL or bidirectional else _PREFILL
-    if T > last:
-        pieces = [jnp.moveaxis(x.reshape(B, T // last, last), 1, 0)[:-1] for x in (requests.tokens_BxT, positions_BxT)]
-
-        def run(cache: Cache, piece: tuple[Array, Array]) -> tuple[Cache, None]:
-            tokens, at = piece
-            return model.apply({"params": params}, tokens, positions=at, cache=cache, method="encode")[1], None
-
-        state = state.replace(cache=lax.scan(run, state.cache, tuple(pieces))[0])
+    state = state.replace(cache=enter_pieces(model, params, requests.tokens_BxT, positions_BxT, state.cache, last))
     mask = Mask("bidirectional") if bidirectional else None
     return _step(model, params, requests, state, requests.tokens_BxT[:, -last:], positions_BxT[:, -last:], mask)
+
+
+def enter_pieces(
+    model: Transformer, params: Any, tokens_BxT: Array, positions_BxT: Array, cache: Cache, piece: int
+) -> Cache:
+    """Enters all but the last piece of prompts into a cache, `piece` tokens at a time."""
+    B, T = tokens_BxT.shape
+    if T <= piece:
+        return cache
+    pieces = [jnp.moveaxis(x.reshape(B, T // piece, piece), 1, 0)[:-1] for x in (tokens_BxT, positions_BxT)]
+
+    def run(cache: Cache, xs: tuple[Array, Array]) -> tuple[Cache, None]:
+        tokens, at = xs
+        return model.apply({"params": params}, tokens, positions=at, cache=cache, method="encode")[1], None
+
+    return lax.scan(run, cache, tuple(pieces))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
@@ -154,6 +164,11 @@ def bucket(n: int, least: int = 1) -> int:
     n = max(n, least)
     power = 1 << (n - 1).bit_length()
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def prefill_piece(T: int) -> int:
+    """Tokens of a prompt of T = bucket(n) tokens that go through the model at once: T or a divisor of it."""
+    return T if T <= _PREFILL else _PREFILL if T % _PREFILL == 0 else _PREFILL // 2
 
 
 def check_prompts(

@@ -48,12 +48,17 @@ def load(path: str | os.PathLike, *, step: int | None = None, weights: str = "au
     folder, step = find_checkpoint(path, step)
     metadata = read_metadata(folder, step)
     config = resolve(metadata["config"])
-    params = _params(folder, step, weights)
-    return Loaded(Transformer(config.model), params["model"], _tokenizer(metadata), config, step, params)
+    params = read_params(folder, step, weights)
+    return Loaded(Transformer(config.model), params["model"], tokenizer_of(metadata), config, step, params)
 
 
-def _params(folder: pathlib.Path, step: int, weights: str) -> dict[str, Any]:
-    """The parameters that evaluation and sampling read, as `TrainState.eval_params` chooses them."""
+def read_params(folder: pathlib.Path, step: int, weights: str, abstract: Any | None = None) -> dict[str, Any]:
+    """The parameters that evaluation and sampling read, as `TrainState.eval_params` chooses them.
+
+    Args:
+      abstract: nested dicts of ShapeDtypeStruct of those to read; None reads all. Frozen ones are among them only
+        where the optimizer keeps no average.
+    """
     names = list_arrays(folder, step)
     average = next((n.removesuffix("/weight_sum") for n in names if n.endswith("/weight_sum")), None)
     has_ema = any(n.startswith("ema/") for n in names)
@@ -62,7 +67,7 @@ def _params(folder: pathlib.Path, step: int, weights: str) -> dict[str, Any]:
     if weights == "average" and average is None:
         raise UserError(f"weights is 'average', but the optimizer of the run in {str(folder)!r} keeps none.")
     if average is not None and weights in ("average", "auto"):  # x = (y - (1 - b1) z) / b1, of optax's schedule_free
-        y, z = load_params(folder, root="params", step=step), load_params(folder, root=f"{average}/z", step=step)
+        y, z = (load_params(folder, abstract, root=root, step=step) for root in ("params", f"{average}/z"))
         b1 = load_params(folder, {"b1": jax.ShapeDtypeStruct((), "float32")}, root=average, step=step)["b1"]
         latest = dict(jax.tree_util.tree_leaves_with_path(z))
 
@@ -71,10 +76,10 @@ def _params(folder: pathlib.Path, step: int, weights: str) -> dict[str, Any]:
             return jnp.where(y == z, y, (y - (1.0 - b1) * z) / b1)
 
         return jax.tree_util.tree_map_with_path(mean, y)
-    return load_params(folder, root="ema" if has_ema and weights != "raw" else "params", step=step)
+    return load_params(folder, abstract, root="ema" if has_ema and weights != "raw" else "params", step=step)
 
 
-def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer:
     """The tokenizer that a checkpoint carries with it."""
     import base64
 

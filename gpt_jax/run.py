@@ -6,6 +6,7 @@ Every command (train, eval, plan) builds a run here, so that none has a special 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -16,14 +17,14 @@ import jax
 
 from gpt_jax.checkpoint import find_checkpoint, restore, restore_frozen
 from gpt_jax.config import Config, resolve
-from gpt_jax.data import Data, prepare_data
+from gpt_jax.data import Data, Loader, prepare_data
 from gpt_jax.data.batches import resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
 from gpt_jax.errors import UserError, choose
 from gpt_jax.model.lora import LORA_BASE
 from gpt_jax.objectives.base import Host, Objective, Setting, build_objective, check_spec, rows_of
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
-from gpt_jax.sharding import DEFAULT_RULES, batch_shardings, make_mesh, path_name
+from gpt_jax.sharding import AXES, DEFAULT_RULES, batch_shardings, make_mesh, path_name
 from gpt_jax.step import TrainStep, build_eval_step, build_predict_step, build_train_step
 from gpt_jax.workdir import open_workdir
 
@@ -57,6 +58,40 @@ class Run:
             return None
         return build_predict_step(self.step, source.spec(), self.part(source))
 
+    @property
+    def segment(self) -> int:
+        """Steps between two at which the run may be continued: above 1 where batches are made by its parameters."""
+        return segment_of(self.data.train)
+
+    def loader(self, params: Callable[[], Any], start: int, log: Callable[[str], None]) -> Loader:
+        """Training batches from step `start` on; `params` gives the current ones to a source that sees them."""
+        source, config = self.data.train, self.config
+        placed, prefetch = self.step.batch_shardings, config.data.prefetch
+        if self.segment == 1 and not refreshed(source):
+            return Loader(source, placed, start, config.steps, prefetch=prefetch)
+        from gpt_jax.rollout import RolloutLoader
+
+        return RolloutLoader(source, self.step, params, start, config.steps, prefetch=prefetch, log=log)
+
+
+def refreshed(source: Any) -> list[Any]:
+    """Returns the sources in a source whose batches are made by the parameters: they have `refresh`."""
+    return [part for part in getattr(source, "parts", {"": source}).values() if hasattr(part, "refresh")]
+
+
+def segment_of(source: Any) -> int:
+    return math.lcm(*(part.every for part in refreshed(source)))
+
+
+def check_segments(config: Config, segment: int) -> None:
+    """Raises UserError if the run would be saved where it cannot be continued with the same batches."""
+    for name, steps in (("steps", config.steps), ("checkpoint.every_steps", config.checkpoint.every_steps)):
+        if steps % segment:
+            raise UserError(
+                f"{name} is {steps}; it must be a multiple of objective.rollout_every ({segment}), so that a run is "
+                "saved between rollouts."
+            )
+
 
 def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     """Builds data, model, objective, optimizer and step of a config; raises UserError naming what does not fit."""
@@ -68,7 +103,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         raise UserError(
             "deterministic=True on a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment."
         )
-    mesh = make_mesh({axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "rules"})
+    mesh = mesh_of(config)
     check_rows(config, mesh)
     check_spec(config.objective)
     schedule = resolve_batch_schedule(
@@ -97,16 +132,41 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         tasks=data.tasks,
     )
     objective = build_objective(config.objective, setting)
+    data = dataclasses.replace(data, train=objective.feed(data.train))
+    check_segments(config, segment_of(data.train))
     spec = data.train.spec()
     check_delivers(objective.batch_spec(config.batch_size, config.context_length), spec)
 
-    def tokens_at(step: Any) -> Any:
-        return rows_before(step, schedule, config.batch_size) * config.context_length
-
-    active = None
     if schedule:
         check_schedule(schedule, config.batch_size, config.microbatches)
         data = dataclasses.replace(data, train=RampedSource(data.train, config.microbatches))
+    step = make_step(config, objective, spec, mesh, schedule)
+    sizes, tokens_at = batch_sizes(schedule, config.batch_size), tokens_before(config, schedule)
+    run = Run(config, data, objective, step, sizes, tokens_at)
+    if config.eval.tasks:
+        from gpt_jax.evaluate import check_tasks
+
+        check_tasks(run)  # an unknown name is told before the first step, not at the first validation
+    return run
+
+
+def tokens_before(config: Config, schedule: Sequence[tuple[int, int]]) -> Callable[[Any], Any]:
+    """Returns step -> tokens in all batches before it."""
+    return lambda step: rows_before(step, schedule, config.batch_size) * config.context_length
+
+
+def make_step(
+    config: Config, objective: Objective, batch_spec: Any, mesh: Any, schedule: Sequence[tuple[int, int]] = ()
+) -> TrainStep:
+    """Builds the optimizer and the train step of a config; nothing is compiled and no array made.
+
+    Args:
+      config: resolved, with vocab_size and max_positions filled in. objective: of the config.
+      batch_spec: what the data delivers. mesh: of any devices, also those that only compile.
+      schedule: smaller batches at first, as `resolve_batch_schedule` returns it.
+    """
+    active = None
+    if schedule:
         size = config.batch_size // config.microbatches
 
         def active(step: Any) -> Any:
@@ -121,7 +181,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         decay=o.decay,
         cooldown=o.cooldown,
         end_factor=o.end_factor,
-        tokens_at=tokens_at,
+        tokens_at=tokens_before(config, schedule),
     )
     adapting = config.model.lora_rank and config.model.lora_freeze
     optimizer = make_optimizer(
@@ -139,7 +199,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     step = build_train_step(
         objective,
         optimizer,
-        spec,
+        batch_spec,
         mesh=mesh,
         rules=(*config.mesh.rules, *DEFAULT_RULES),
         seed=config.seed,
@@ -150,13 +210,21 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     )
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.abstract.all_params)]
     check_groups(o.groups, names)
-    return Run(config, data, objective, step, batch_sizes(schedule, config.batch_size), tokens_at)
+    return step
+
+
+def mesh_of(config: Config, devices: Sequence[jax.Device] | None = None) -> Any:
+    """Returns the mesh of a config over `devices`; None is all there are."""
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    return make_mesh(sizes, devices, slices=config.mesh.slices, slice_axis=config.mesh.slice_axis)
 
 
 # How a model is executed or regularised: what a run that starts from another's weights chooses for itself.
-_OWN_MODEL_KEYS = re.compile(
+OWN_MODEL_KEYS = re.compile(
     r"attention|query_block|flatten|unroll|remat|dtype|param_dtype|dropout|init_std|scale_residual_init|lora_.*"
 )
+
+ROPE_KEYS = ("rope_scaling", "rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_context")
 
 
 def following_init(config: Config, log: Callable[[str], None]) -> Config:
@@ -167,10 +235,12 @@ def following_init(config: Config, log: Callable[[str], None]) -> Config:
         return config
     if config.init.model:
         theirs = dataclasses.asdict(resolve(saved_config(str(source))).model)
+        if config.model.rope_scaling != "none":  # it reads a longer context than theirs
+            theirs = {key: value for key, value in theirs.items() if key not in ROPE_KEYS}
         changed = {
             key: value
             for key, value in theirs.items()
-            if value != getattr(config.model, key) and not _OWN_MODEL_KEYS.fullmatch(key)
+            if value != getattr(config.model, key) and not OWN_MODEL_KEYS.fullmatch(key)
         }
         if changed:
             shown = ", ".join(f"{key}={value!r}" for key, value in changed.items())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from gpt_jax.errors import UserError
-from gpt_jax.generation import batches_by_length, check_prompts, stream_batch
+from gpt_jax.generation import MAX_ROWS, batches_by_length, check_prompts, stream_batch
 from gpt_jax.loading import Loaded, load
 from gpt_jax.objectives.base import objective_class
 from gpt_jax.sampling import Sampling
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling; 1 is off")
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens below min-p times the most likely one")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--beams", type=int, default=0, help="beam search with so many beams in place of sampling")
+    parser.add_argument("--length-penalty", type=float, default=0.6, help="beams: log P / ((5 + n) / 6)^this")
+    parser.add_argument("--choice", action="append", default=[], help="answer with one of the texts so given")
+    parser.add_argument("--normalise", default="sum", help="of choices: sum | token | byte | unconditional")
+    parser.add_argument("--logprobs", action="store_true", help="with --json: each new token's log-probability")
+    parser.add_argument("--html", default="", metavar="FILE", help="write a page with every token's probability")
     parser.add_argument("--stop", action="append", default=[], help="end a text before this string")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones follow")
     parser.add_argument("--json", action="store_true", help="print one JSON line with the texts, nothing else")
@@ -48,6 +55,14 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1.")
     if args.interactive and (args.json or args.prompt or args.prompts_file or args.num_samples > 1):
         raise UserError("--interactive takes its prompts from standard input: one text each, without --json.")
+    if args.beams < 0 or (args.beams and (args.interactive or args.num_samples > max(1, args.beams))):
+        raise UserError(
+            f"--beams is {args.beams}; it goes without --interactive, and with --num-samples of at most as many."
+        )
+    if args.choice and (args.beams or args.interactive or args.html or args.stop):
+        raise UserError("--choice goes without --beams, --interactive, --html and --stop.")
+    if args.logprobs and not args.json:
+        raise UserError("--logprobs is for --json; --html shows them on a page.")
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompts_file)
     run = load(args.workdir, step=args.step, weights=args.weights)
     objective = run.config.objective["name"]
@@ -61,15 +76,84 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         for number, line in enumerate(_typed_lines()):
             continue_texts(run, [line], seed=args.seed + number, live=sys.stdout, **settings)
         return 0
+    if args.choice:
+        return _print_choices(run, prompts, args, sampling)
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    live = sys.stdout if len(repeated) == 1 and not args.json else None
-    texts = continue_texts(run, repeated, seed=args.seed, live=live, **settings)
+    live = sys.stdout if len(repeated) == 1 and not (args.json or args.beams or args.html) else None
+    if args.beams:
+        rows = _search(run, prompts, args)
+    else:
+        found = continue_prompts(run, repeated, seed=args.seed, live=live, **settings)
+        rows = [{"prompt": p, "text": text, "ids": new} for p, (text, new) in zip(repeated, found, strict=True)]
+    ids = [row.pop("ids") for row in rows]
+    if args.logprobs or args.html:
+        looks = [_look(run, row["prompt"], new) for row, new in zip(rows, ids, strict=True)]
+        if args.html:
+            from gpt_jax.sample_page import write_page
+
+            write_page(args.html, f"{args.workdir}, step {run.step}", looks, run.tokenizer)
+        if args.logprobs:
+            for row, (tokens, begin) in zip(rows, looks, strict=True):
+                row["tokens"] = [run.tokenizer.decode([t.id], "show") for t in tokens[begin:]]
+                row["logprobs"] = [math.log(t.probability) for t in tokens[begin:]]
     if args.json:
-        rows = [{"prompt": p, "text": t} for p, t in zip(repeated, texts, strict=True)]
         print(json.dumps({"workdir": args.workdir, "step": run.step, "samples": rows}, ensure_ascii=False))
     elif live is None:
-        for prompt, text in zip(repeated, texts, strict=True):
-            print(f"{prompt}{text}\n---")
+        for row in rows:
+            print(f"{row['prompt']}{row['text']}\n---")
+    if args.html and not args.json:
+        print(f"page: {args.html}")
+    return 0
+
+
+def _look(run: Loaded, prompt: str, new: list[int]) -> tuple[list[Any], int]:
+    """What the model thinks of each token of a prompt and its continuation, and where the latter begins."""
+    from gpt_jax.sample_page import look_at
+
+    before = _prompt_ids(run, prompt)
+    return look_at(run.model, run.params, before + new) if before + new else [], len(before)
+
+
+def _prompt_ids(run: Any, prompt: str) -> list[int]:
+    return run.tokenizer.begin + run.tokenizer.encode(prompt).tolist()
+
+
+def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The best `num_samples` texts of each prompt by beam search; what is after a stop string is cut off."""
+    from gpt_jax.beam import beam_search
+
+    found = beam_search(
+        run.model,
+        run.params,
+        [_prompt_ids(run, prompt) for prompt in prompts],
+        max_tokens=args.max_tokens,
+        beams=args.beams,
+        alpha=args.length_penalty,
+        eot=run.tokenizer.eot,
+        results=args.num_samples,
+    )
+    rows = []
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        for new, score in hypotheses:
+            writer = _Writer(run.tokenizer, args.stop, None)
+            writer.push(new, None)
+            rows.append({"prompt": prompt, "text": writer.finish(), "score": score, "ids": writer.ids})
+    return rows
+
+
+def _print_choices(run: Loaded, prompts: Sequence[str], args: argparse.Namespace, sampling: Sampling) -> int:
+    from gpt_jax.choice import choose_texts
+
+    found = choose_texts(
+        run, prompts, args.choice, normalisation=args.normalise, temperature=sampling.temperature, seed=args.seed
+    )
+    rows = [{"prompt": p, "text": t, "probabilities": q} for p, (t, q) in zip(prompts, found, strict=True)]
+    if args.json:
+        print(json.dumps({"workdir": args.workdir, "step": run.step, "samples": rows}, ensure_ascii=False))
+        return 0
+    for row in rows:
+        shown = ", ".join(f"{choice!r} {p:.3f}" for choice, p in row["probabilities"].items())
+        print(f"{row['prompt']}{row['text']}\n({shown})\n---")
     return 0
 
 
@@ -107,20 +191,46 @@ def continue_texts(
     seed: int = 0,
     live: TextIO | None = None,
 ) -> list[str]:
+    """Continues prompts until EOT, a stop string or max_tokens: the texts of `continue_prompts`."""
+    settings = dict(max_tokens=max_tokens, sampling=sampling, stop=stop, seed=seed, live=live)
+    return [text for text, _ in continue_prompts(run, prompts, **settings)]
+
+
+def continue_prompts(
+    run: Loaded,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    live: TextIO | None = None,
+) -> list[tuple[str, list[int]]]:
     """Continues prompts until EOT, a stop string or max_tokens.
 
     Args:
-      run: of `load`. prompts: texts. stop: a text ends before the first of these. seed: prompt i has seed + i.
+      run: of `load`, or a Scorer: what has model, params and tokenizer. prompts: texts; more than MAX_ROWS are
+        batched continuously. stop: a text ends before the first of these. seed: prompt i has seed + i.
       live: where the first prompt and its continuation are written as they come, always valid UTF-8.
 
     Returns:
-      The continuations.
+      The continuation of each and its tokens, those of a stop string included.
     """
     eot = run.tokenizer.eot
-    begin = [] if eot is None else [eot]
-    ids = [begin + run.tokenizer.encode(prompt).tolist() for prompt in prompts]
-    ids = check_prompts(run.model, ids, max_tokens, eot)
+    ids = check_prompts(run.model, [_prompt_ids(run, prompt) for prompt in prompts], max_tokens, eot)
     writers = [_Writer(run.tokenizer, stop, live if row == 0 else None) for row in range(len(ids))]
+    if len(ids) > MAX_ROWS and live is None:
+        from gpt_jax.continuous import generate_continuously
+
+        def ended(row: int, new: list[int]) -> bool:
+            writers[row].push(new, eot)
+            return writers[row].ended
+
+        seeds = [seed + row for row in range(len(ids))]
+        settings = dict(max_tokens=max_tokens, sampling=sampling, eot=eot, seeds=seeds)
+        for _ in generate_continuously(run.model, run.params, ids, ended=ended, **settings):
+            pass
+        return [(writer.finish(), writer.ids) for writer in writers]
     for rows in batches_by_length(ids):
         chunks = stream_batch(
             run.model,
@@ -142,7 +252,7 @@ def continue_texts(
                 for row, new in zip(rows, tokens.tolist(), strict=True):
                     writers[row].push(new, eot)
                 ended = [writers[row].ended for row in rows]
-    return [writer.finish() for writer in writers]
+    return [(writer.finish(), writer.ids) for writer in writers]
 
 
 class _Writer:
@@ -151,7 +261,7 @@ class _Writer:
     def __init__(self, tokenizer: Any, stop: Sequence[str], live: TextIO | None) -> None:
         self._decoder, self._stop, self._live = tokenizer.stream(), [s for s in stop if s], live
         self._text, self._shown = "", 0
-        self.ended = False
+        self.ended, self.ids = False, []
 
     def push(self, tokens: Sequence[int], eot: int | None) -> None:
         for token in tokens:
@@ -160,6 +270,7 @@ class _Writer:
             if token == eot:
                 self.ended = True
                 return
+            self.ids.append(token)
             self._text += self._decoder.push(token)
             found = [at for s in self._stop if (at := self._text.find(s)) >= 0]
             if found:

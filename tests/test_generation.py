@@ -67,6 +67,39 @@ def test_sampling_follows_the_softmax_by_chi_square():
         assert stats.chisquare(counts, p / p.sum() * counts.sum()).pvalue > 0.001
 
 
+def numpy_filter(logits, sampling):
+    """What is left of softmax(logits / temperature), by sorting."""
+    p = np.exp((logits - logits.max()) / sampling.temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    kept = np.ones(len(p), bool)
+    if sampling.top_k:
+        kept[order[sampling.top_k :]] = False
+    q = np.where(kept, p, 0) / p[kept].sum()
+    before = np.concatenate([[0], np.cumsum(q[order])[:-1]])
+    kept[order] &= before < sampling.top_p  # the token that crosses p is kept
+    kept &= p >= sampling.min_p * p.max()
+    return np.where(kept, p, 0) / p[kept].sum()
+
+
+@pytest.mark.parametrize("size", [30, 1500])  # sorted, and by the bits of a threshold
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(0.8, top_k=9), Sampling(1.0, top_p=0.7), Sampling(1.2, min_p=0.05), Sampling(0.9, 12, 0.8, 0.01)],
+    ids=["top_k", "top_p", "min_p", "all"],
+)
+def test_each_filter_draws_from_its_distribution_by_chi_square(size, sampling):
+    logits = np.random.default_rng(size).normal(0, 2, size).astype(np.float32)
+    p = numpy_filter(logits.astype(np.float64), sampling)
+    counts = np.bincount(draws(jnp.asarray(logits)[None], sampling, 4000), minlength=size)
+    assert counts[p == 0].sum() == 0
+    often = p * 4000 >= 5  # the rest is one class
+    observed, expected = [*counts[often], counts[~often].sum()], [*p[often], p[~often].sum()]
+    if expected[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    assert stats.chisquare(observed, 4000 * np.array(expected)).pvalue > 0.001
+
+
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.0), Sampling(1.0, min_p=1.0)]
 )

@@ -156,6 +156,7 @@ def _read(path: pathlib.Path) -> str:
         return file.read()
 
 
+_BEGIN_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>")
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -165,14 +166,15 @@ class HuggingFaceTokenizer(Tokenizer):
     Args:
       text: content of tokenizer.json.
       specials: names of the special tokens; `eot` is the vocabulary's own end token if it has a known one.
+      end: the vocabulary's end token, where it is none of the known ones.
     """
 
     kind = "hf"
 
-    def __init__(self, text: str, specials: Sequence[str] = ()):
+    def __init__(self, text: str, specials: Sequence[str] = (), end: str = ""):
         import tokenizers
 
-        self._text = text
+        self._text, self._end = text, end
         try:
             self._library = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
@@ -180,7 +182,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._library.encode_special_tokens = True  # '<|endoftext|>' in a text is text
         self._library.no_padding()
         self._library.no_truncation()
-        end = next((t for t in _END_TOKENS if self._library.token_to_id(t) is not None), None)
+        end = next((t for t in (end, *_END_TOKENS) if t and self._library.token_to_id(t) is not None), None)
         own = {"eot": self._library.token_to_id(end)} if end else {}
         vocabulary = self._library.get_vocab()
         super().__init__(max(vocabulary.values()) + 1, specials, own)
@@ -190,6 +192,11 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def lossless(self) -> bool:
         return self._style == "bytes"
+
+    @property
+    def begin(self) -> list[int]:
+        found = [i for t in _BEGIN_TOKENS if (i := self._library.token_to_id(t)) is not None]
+        return found[:1] or super().begin
 
     def _encode(self, text: str) -> np.ndarray:
         return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
@@ -214,9 +221,13 @@ class HuggingFaceTokenizer(Tokenizer):
             return super().decode(ids, specials)
         return self._library.decode([int(i) for i in ids if i < self.ordinary], skip_special_tokens=specials == "skip")
 
+    def _config(self):
+        return {"end": self._end} if self._end else {}
+
     def _files(self):
         return {"tokenizer.json": self._text.encode()}
 
     @classmethod
     def _load(cls, config, folder):
-        return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config["specials"])
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return cls(text, config["specials"], config.get("end", ""))

@@ -85,6 +85,11 @@ class Tokenizer:
     def lossless(self) -> bool:
         return self.unk is None
 
+    @property
+    def begin(self) -> list[int]:
+        """What a model reads before the first token of a text that it continues: as in training, the EOT."""
+        return [] if self.eot is None else [self.eot]
+
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, int32 [n]; raises UserError if it is not valid Unicode."""
         try:
@@ -281,6 +286,7 @@ _KINDS = {
     "bpe": "gpt_jax.data.sentencepieces:SentencePieceTokenizer",
     "gpt2": "gpt_jax.data.byte_level_bpe:GPT2Tokenizer",
     "hf": "gpt_jax.data.byte_level_bpe:HuggingFaceTokenizer",
+    "ids": "gpt_jax.data.token_ids:IdsTokenizer",
     "truncated": "gpt_jax.data.vocabulary:TruncatedTokenizer",
 }
 

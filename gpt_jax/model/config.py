@@ -6,12 +6,28 @@ import dataclasses
 import re
 
 from gpt_jax.errors import UserError, choose
+from gpt_jax.model.positions import RopeScaling
 from gpt_jax.options import option
 
 FFNS = ("gelu_tanh", "gelu", "relu_tanh", "relu2", "swiglu")
 POSITIONS = ("learned", "rope", "alibi", "none")
+ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 LAYER_KINDS = ("dense", "band")
-ATTENTIONS = ("blocks", "dense")
+ATTENTIONS = ("auto", "blocks", "dense", "chunks", "splash", "cudnn")
+# What an implementation of attention does not support; those not named here support everything.
+LACKS = {
+    "splash": ("prefix masks", "alibi", "talking_heads", "dropout", "lengths that 128 does not divide"),
+    "cudnn": (
+        "prefix masks",
+        "documents kept apart",
+        "alibi",
+        "attention_softcap",
+        "talking_heads",
+        "dropout",
+        "a window that looks ahead",
+        "head sizes that 8 does not divide",
+    ),
+}
 REMATS = ("none", "full", "dots", "dots_no_batch", "offload_dots")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,8 +50,14 @@ class ModelConfig:
     norm: str = option("layernorm", "layernorm | rmsnorm")
     norm_eps: float = option(1e-5, "epsilon of the normalisation")
     bias: bool = option(True, "biases in products and norms")
+    attention_bias: bool = option(False, "biases in the products of attention, where bias is off")
     positions: str = option("learned", " | ".join(POSITIONS))
     rope_base: float = option(10000.0, "base of the rotary frequencies")
+    rope_scaling: str = option("none", " | ".join(ROPE_SCALINGS) + ": reading more than the trained context")
+    rope_factor: float = option(1.0, "rope_scaling: by how much the context grows")
+    rope_low_frequency: float = option(1.0, "llama3: waves that rope_original_context holds fewer of are interpolated")
+    rope_high_frequency: float = option(4.0, "llama3: waves that it holds more of stay as they are")
+    rope_original_context: int = option(8192, "llama3: context before it grew")
     tie_embeddings: bool = option(True, "the output layer is the transposed embedding")
     pattern: tuple[str, ...] = option(("dense",), "repeating kinds of layers: dense | band, e.g. ('dense', 'band')")
     window: int = option(256, "band layers: keys a query sees, itself included")
@@ -49,8 +71,8 @@ class ModelConfig:
     vocab_multiple: int = option(128, "the embedding is stored padded to a multiple of this")
     dtype: str = option("float32", "of activations and products: " + " | ".join(DTYPES))
     param_dtype: str = option("float32", "of stored parameters")
-    attention: str = option("blocks", "blocks: by query blocks that skip what the mask hides | dense: the plain one")
-    query_block: int = option(128, "queries in a block")
+    attention: str = option("auto", " | ".join(ATTENTIONS) + " (gpt_jax/model/implementations.py)")
+    query_block: int = option(128, "queries in a block (blocks, chunks)")
     flatten: bool = option(True, "products over [B*T, D]; False keeps [B, T, D] (a sharded sequence axis)")
     unroll: int = option(0, "layers unrolled per iteration of the loop over layers; 0 unrolls all")
     remat: str = option("none", " | ".join(REMATS))
@@ -63,6 +85,7 @@ class ModelConfig:
         choose("ffn", self.ffn, FFNS)
         choose("norm", self.norm, ("layernorm", "rmsnorm"))
         choose("positions", self.positions, POSITIONS)
+        choose("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
         choose("attention", self.attention, ATTENTIONS)
         choose("remat", self.remat, REMATS)
         choose("dtype", self.dtype, DTYPES)
@@ -96,8 +119,26 @@ class ModelConfig:
             raise UserError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads={self.num_heads}.")
         if self.positions == "rope" and self.key_size % 2:
             raise UserError(f"rope needs an even head_dim, not {self.key_size}.")
+        if self.rope_factor < 1:
+            raise UserError(f"rope_factor is {self.rope_factor}; it must be at least 1.")
+        if self.rope_scaling != "none" and self.positions != "rope":
+            raise UserError(f"rope_scaling is {self.rope_scaling!r}, but positions is {self.positions!r}, not 'rope'.")
+        if not 0 < self.rope_low_frequency < self.rope_high_frequency or self.rope_original_context < 1:
+            raise UserError(
+                f"rope_low_frequency={self.rope_low_frequency}, rope_high_frequency={self.rope_high_frequency} and "
+                f"rope_original_context={self.rope_original_context} must be positive, the first less than the second."
+            )
         if self.lora_rank:
             self._check_lora()
+        uses = {
+            "alibi": self.positions == "alibi",
+            "attention_softcap": self.attention_softcap,
+            "talking_heads": self.talking_heads,
+            "dropout": self.dropout,
+        }
+        for what in LACKS.get(self.attention, ()):
+            if uses.get(what):
+                raise UserError(f"attention is {self.attention!r}, which does not support {what}; choose another.")
 
     def _check_lora(self) -> None:
         try:
@@ -114,6 +155,20 @@ class ModelConfig:
         """Whether LoRA adds to the product of this name."""
         return bool(self.lora_rank and product in self.products and re.fullmatch(self.lora_targets, product))
 
+    def has_bias(self, product: str | None) -> bool:
+        """Whether the product of this name has a bias."""
+        return self.bias or (self.attention_bias and product in ("qkv", "q", "kv", "out"))
+
+    @property
+    def rope(self) -> RopeScaling:
+        return RopeScaling(
+            self.rope_scaling,
+            self.rope_factor,
+            self.rope_low_frequency,
+            self.rope_high_frequency,
+            self.rope_original_context,
+        )
+
     @property
     def lora_scale(self) -> float:
         return self.lora_alpha / self.lora_rank
@@ -127,6 +182,11 @@ class ModelConfig:
             q = kv = d
         heads = {"qkv": (d, 3 * q)} if self.kv_heads == self.num_heads else {"q": (d, q), "kv": (d, 2 * kv)}
         return {**heads, "out": (q, d), "up": (d, 2 * f if self.ffn == "swiglu" else f), "down": (f, d)}
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.pattern * (self.num_layers // len(self.pattern))
 
     @property
     def embed_size(self) -> int:
@@ -161,7 +221,7 @@ def count_parameters(config: ModelConfig) -> int:
     """Returns the number of parameters, padded vocabulary rows excluded and a tied embedding counted once."""
     d, bias = config.d_model, int(config.bias)
     norm = d * (1 + (bias if config.norm == "layernorm" else 0))
-    block = sum(inputs * outputs + bias * outputs for inputs, outputs in config.products.values()) + 2 * norm
+    block = 2 * norm + sum(i * o + config.has_bias(name) * o for name, (i, o) in config.products.items())
     if config.qk_norm:
         block += 2 * config.key_size
     if config.talking_heads:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from gpt_jax.model.attention import Mask, Variant, attend, attend_cache, attention_weights
+from gpt_jax.model.attention import Mask, Variant, attend_cache, attention_weights
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
 from gpt_jax.model.derivatives import add_bias, gelu_tanh, multiply, normalize
+from gpt_jax.model.implementations import run_attention
 from gpt_jax.model.positions import rotate
 from gpt_jax.model.random import dropout, fold_name
 from gpt_jax.model.taps import Taps
@@ -59,7 +60,7 @@ class Product(nn.Module):
         y = multiply(x.astype(dtype), kernel)
         if config.is_low_rank(self.name):
             y = y + self._low_rank(x.astype(dtype)).reshape(y.shape)
-        if self.bias and config.bias:
+        if self.bias and config.has_bias(self.name):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[n:]))
             y = add_bias(y, self.param("bias", zeros, out_shape, config.param_dtype))
         return y.reshape((*lead, *out_shape))
@@ -152,15 +153,14 @@ class Attention(nn.Module):
             kwargs = dict(epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, scale_init=axis)
             q, k = nn.RMSNorm(name="q_norm", **kwargs)(q), nn.RMSNorm(name="k_norm", **kwargs)(k)
         if config.positions == "rope":
-            q, k = rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base)
+            q, k = (rotate(x, positions, config.rope_base, config.rope) for x in (q, k))
         variant = self._variant(keys_B)
         if cache is None:
-            block = config.query_block if config.attention == "blocks" else None
-            out = attend(q, k, v, mask, variant, block=block)
+            out = run_attention(q, k, v, mask, variant, name=config.attention, block=config.query_block)
         else:
             cache = cache.write(layer, k, v)
             causal = mask.kind == "causal"
-            out = attend_cache(q, *cache.read(layer), positions, cache.positions_BxS, variant, causal=causal)
+            out = attend_cache(q, *cache.read(layer), positions, cache.positions(layer), variant, causal=causal)
         if taps is not None:
             if "attention" in taps.collect:
                 found["attention"] = attention_weights(q, k, mask, variant)

@@ -1,0 +1,240 @@
+"""Benchmarks: prompts and demonstrations by GPT-3's rules, and figures in closed form under planted scores."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from gpt_jax.benchmarks import Benchmark, Item, load_benchmark, run_benchmark
+from gpt_jax.benchmarks.base import draw_demonstrations, split_items, take
+from gpt_jax.data.tokenizer import ByteTokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.score import Score
+
+
+class Planted:
+    """Scores texts by a function (context, continuation) -> log-probability of each byte of the continuation."""
+
+    def __init__(self, logprob, max_length=10_000):
+        self.logprob, self.max_length, self.cut = logprob, max_length, 0
+        self.tokenizer, self.seen = ByteTokenizer(["eot"]), []
+
+    def score(self, pairs):
+        self.seen += pairs
+        out = []
+        for context, continuation in pairs:
+            values = np.full(len(continuation.encode()), self.logprob(context, continuation))
+            out.append(Score(values, bool(values[0] > -0.5), len(continuation.strip().encode())))
+        return out
+
+
+def benchmark(items, kind="choice", train=None, **settings):
+    return Benchmark("made_up", kind, lambda: items, (lambda: train) if train is not None else None, **settings)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_and_its_standard_error_in_closed_form():
+    # The model always prefers the option of more a's; that is right for 3 items of 4.
+    items = [Item(f"q{i}", (" aaaa", " bbbb"), answer=int(i == 3)) for i in range(4)]
+    result = run_benchmark(benchmark(items), Planted(lambda c, o: -1.0 if "a" in o else -2.0))
+    assert result["accuracy"] == 0.75
+    assert result["accuracy_se"] == pytest.approx(np.std([1, 1, 1, 0], ddof=1) / 2)
+    assert result["items"] == 4 and result["shots"] == 0 and result["cut"] == 0
+
+
+def test_each_normalisation_chooses_in_closed_form():
+    # log P of a byte is -1 for either option: the sum prefers the short one, the mean sees no difference (the first is
+    # taken), and the ratio prefers what the context made likelier.
+    def logprob(context, option):
+        return -1.0 if "Answer" not in context else (-0.5 if "long" in option else -3.0)
+
+    items = [Item("q", (" long long", " b"), answer=1)]
+    found = {
+        how: run_benchmark(benchmark(items), Planted(logprob), normalisation=how)["accuracy"]
+        for how in ("sum", "token", "unconditional")
+    }
+    assert found == {"sum": 1.0, "token": 0.0, "unconditional": 1.0}  # -10 + 5 = -5 against -2 + 6 = 4
+    with pytest.raises(UserError, match=r"normalise is 'bytes' \(did you mean 'byte'"):
+        run_benchmark(benchmark(items), Planted(logprob), normalisation="bytes")
+
+
+def test_greedy_items_give_accuracy_and_perplexity():
+    items = [Item("a", (" xy",)), Item("b", (" xyz",))]
+    result = run_benchmark(benchmark(items, "greedy"), Planted(lambda c, o: -0.25 if c == "a" else -1.0))
+    assert result["accuracy"] == 0.5
+    assert result["perplexity"] == pytest.approx(math.exp((0.75 + 4.0) / 2))  # per item, as LAMBADA's is
+    assert result["perplexity_se"] == pytest.approx(result["perplexity"] * np.std([0.75, 4.0], ddof=1) / math.sqrt(2))
+
+
+def test_groups_count_alike_and_are_limited_each():
+    items = [
+        Item(f"{g}{i}", (" a", " b"), answer=int(g == "y"), group=g) for g, n in (("x", 30), ("y", 6)) for i in range(n)
+    ]
+    result = run_benchmark(benchmark(items), Planted(lambda c, o: -1.0 if "a" in o else -2.0), limit=4)
+    assert result["items"] == 8 and result["groups"]["x"]["accuracy"] == 1 and result["groups"]["y"]["accuracy"] == 0
+    assert result["accuracy"] == 0.5 and result["accuracy_se"] == 0
+    assert [item.context for item in take(items, 2)] == ["x0", "x15", "y0", "y3"]
+
+
+def test_an_option_is_judged_in_its_own_context():
+    item = Item("", (" was big",) * 2, answer=1, contexts=("the trophy", "the suitcase"))
+    scorer = Planted(lambda c, o: -1.0 if "suitcase" in c else -2.0)
+    assert run_benchmark(benchmark([item]), scorer)["accuracy"] == 1
+    assert scorer.seen == [("the trophy", " was big"), ("the suitcase", " was big")]
+
+
+# -- demonstrations ------------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_are_drawn_per_item_from_train_and_never_contain_it():
+    pool = [Item(f"t{i}", (f" {i}",), document=f"d{i % 7}") for i in range(14)]
+    draws = {}
+    for index in range(50):
+        item = Item("q", (" a",), document=f"d{index % 7}")
+        drawn = draw_demonstrations(pool, item, 5, 3, index)
+        draws[index] = [d.context for d in drawn]
+        assert len(set(draws[index])) == 5 and all(d.document != item.document for d in drawn)
+        assert draw_demonstrations(pool, item, 5, 3, index) == drawn
+    assert len({tuple(d) for d in draws.values()}) > 45  # anew for each item
+    assert draws[0] != [d.context for d in draw_demonstrations(pool, Item("q", (" a",), document="d0"), 5, 4, 0)]
+    with pytest.raises(UserError, match="13 demonstrations are asked for, but there are 12"):
+        draw_demonstrations(pool, Item("q", (" a",), document="d1"), 13, 0, 0)
+
+
+def test_a_prompt_is_demonstrations_with_their_answers_and_then_the_item():
+    train = [Item("Q: 1+1\nA:", (" 3", " 2"), answer=1)]
+    items = [Item("Q: 2+2\nA:", (" 4", " 5"))]
+    scorer = Planted(lambda c, o: -1.0)
+    assert run_benchmark(benchmark(items, train=train), scorer, shots=1)["shots"] == 1
+    assert scorer.seen == [("Q: 1+1\nA: 2\n\nQ: 2+2\nA:", " 4"), ("Q: 1+1\nA: 2\n\nQ: 2+2\nA:", " 5")]
+
+
+def test_demonstrations_that_do_not_fit_are_left_out_whole():
+    train = [Item(f"question {i}", (" answer",)) for i in range(4)]
+    items = [Item("question x", (" answer", " other"))]
+    scorer = Planted(lambda c, o: -1.0, max_length=3 * len("question 0 answer\n\n"))
+    assert run_benchmark(benchmark(items, train=train), scorer, shots=4)["shots"] == 2
+    assert scorer.seen[0][0].count("answer") == 2 and scorer.seen[0][0].endswith("\n\nquestion x")
+
+
+def test_without_training_examples_a_part_of_the_items_demonstrates_and_is_not_scored():
+    items = [Item(f"q{i}", (" a", " b")) for i in range(400)]
+    assert split_items(benchmark(items), 0) == (items, [])
+    kept, pool = split_items(benchmark(items), 2)
+    assert 20 <= len(pool) <= 65 and len(kept) + len(pool) == 400
+    assert not {item.context for item in kept} & {item.context for item in pool}
+    with pytest.raises(UserError, match="takes no demonstrations: --shots must be 0, not 2"):
+        split_items(benchmark(items, demonstrations=False), 2)
+
+
+# -- files and tasks ---------------------------------------------------------------------------------------------------
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_multiple_choice_and_cloze_read_files_of_your_own(tmp_path):
+    file = write(tmp_path / "a.jsonl", {"prompt": "Two and two is ", "choices": ["four", "five"], "answer": 0})
+    (item,) = load_benchmark(f"choices:{file}").items()
+    assert item.pairs == [("Two and two is", " four"), ("Two and two is", " five")]
+    file = write(
+        tmp_path / "b.jsonl",
+        {"text": "The ____ is too big.", "options": ["cup", "hat"], "answer": 1},
+        {"text": "Alice met her friend ____.", "options": ["Bob", "tree"], "answer": 0},
+    )
+    partial, end = load_benchmark(f"cloze:{file}").items()
+    assert partial.pairs == [("The cup", " is too big."), ("The hat", " is too big.")]
+    assert end.pairs == [("Alice met her friend", " Bob."), ("Alice met her friend", " tree.")]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("choices", {"prompt": "a", "choices": ["b"], "answer": 0}, "'choices' is no list of at least two"),
+        ("choices", {"prompt": "a", "choices": ["b", "c"], "answer": 2}, "answer 2 is not one of the options 0 to 1"),
+        ("choices", {"prompt": 3, "choices": ["b", "c"], "answer": 0}, "no text under 'prompt'"),
+        ("cloze", {"text": "none", "options": ["b", "c"], "answer": 0}, "no blank ____"),
+    ],
+)
+def test_a_malformed_file_is_told_with_file_and_line(tmp_path, name, row, said):
+    good = {"prompt": "a", "choices": ["b", "c"], "answer": 0, "text": "____", "options": ["b", "c"]}
+    file = write(tmp_path / "bad.jsonl", good, row)
+    with pytest.raises(UserError, match=f"bad.jsonl:2: .*{said}"):
+        load_benchmark(f"{name}:{file}").items()
+
+
+def test_unknown_names_are_told_with_the_closest():
+    with pytest.raises(UserError, match=r"unknown benchmark 'lambda' \(did you mean 'lambada'"):
+        load_benchmark("lambda")
+    with pytest.raises(UserError, match="needs a file: choices:FILE.jsonl"):
+        load_benchmark("choices").items()
+    with pytest.raises(UserError, match="kind 'tag' has no few-shot form"):
+        load_benchmark("wnut17")
+
+
+def test_a_classification_task_asks_for_its_labels_in_words():
+    bench = load_benchmark("toy_tasks:colours", split="valid")
+    item = bench.items()[0]
+    assert item.context.endswith("\nAnswer:") and item.options == (" red", " green", " blue")
+    scorer = Planted(lambda c, o: -1.0 if o.strip() in c.split("\n\n")[-1] else -2.0)
+    result = run_benchmark(bench, scorer, shots=2)
+    assert result["accuracy"] == 1 and result["shots"] == 2
+    context = scorer.seen[0][0]
+    assert context.count("Answer:") == 3
+    for block in context.split("\n\n")[:-1]:  # each demonstration ends with the colour that it names
+        assert block.rpartition(" ")[2] in block.partition("\n")[0]
+
+
+def test_a_text_to_text_task_is_generated_and_scored_by_its_own_metrics():
+    bench = load_benchmark("toy_tasks:reverse", split="valid")
+    prompts = []
+
+    def generate(texts, max_tokens, stop):
+        prompts.extend(texts)
+        return [" " + text.rpartition("\n\n")[2][:-1][::-1] for text in texts]
+
+    result = run_benchmark(bench, Planted(lambda c, o: -1.0), shots=2, generate=generate)
+    assert result["exact_match"] == 100 and result["exact_match_se"] == 0
+    assert all(prompt.count(">") == 3 and prompt.endswith(">") for prompt in prompts)
+    wrong = run_benchmark(bench, Planted(lambda c, o: -1.0), generate=lambda t, m, s: ["?"] * len(t))
+    assert wrong["exact_match"] == 0
+
+
+# -- the real ones ---------------------------------------------------------------------------------------------------
+
+
+def test_the_real_benchmarks_are_read(data_folder):
+    lambada = load_benchmark("lambada").items()
+    assert (
+        len(lambada) == 5153 and lambada[0].options == (" signs",) and lambada[0].context.endswith("don't care about")
+    )
+    assert load_benchmark("lambada_cloze").items()[0].context.endswith("don't care about ____. ->")
+    hellaswag = load_benchmark("hellaswag").items()
+    assert (
+        len(hellaswag) == 1896 and hellaswag[1].context.startswith("Tango: A group") and len(hellaswag[1].options) == 4
+    )
+    assert not any("[" in text for item in hellaswag[:200] for text in (item.context, *item.options))
+    arithmetic = load_benchmark("arithmetic:two_digit_addition").items()
+    assert len(arithmetic) == 2000 and arithmetic[0].context.endswith("\n\nA:")
+    for item in arithmetic[:50]:
+        a, b = (
+            int("".join(c for c in word if c.isdigit())) for word in item.context.split() if any(map(str.isdigit, word))
+        )
+        assert int(item.options[0]) == a + b
+    with pytest.raises(UserError, match="did you mean 'two_digit_addition'"):
+        load_benchmark("arithmetic:two_digit_addtion").items()
+    squad = load_benchmark("squad").items()
+    assert len(squad) == 10570 and squad[0].context.endswith("\nAnswer:")
+
+
+def test_blimp_has_67_phenomena_of_1000_pairs(data_folder):
+    items = load_benchmark("blimp").items()
+    names = {item.group for item in items}
+    assert len(names) == 67 and len(items) == 67_000
+    result = run_benchmark(load_benchmark("blimp"), Planted(lambda c, o: -1.0), limit=3)
+    assert len(result["groups"]) == 67 and result["items"] == 201

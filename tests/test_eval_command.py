@@ -1,0 +1,77 @@
+"""`gpt-jax eval --tasks`: from a run's folder to figures with standard errors, in one line of JSON."""
+
+import json
+
+import jax
+import optax
+import pytest
+from test_sample_command import save_run
+
+from gpt_jax.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "plain"
+    save_run(path, optax.adam(0.1), (3,))
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("items") / "items.jsonl"
+    rows = [{"prompt": f"item {i} is", "choices": ["one", "two", "some"], "answer": i % 3} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluate(capsys, *flags):
+    assert main(["eval", *map(str, flags)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_figures_have_standard_errors_and_the_last_line_is_json(run, file, capsys):
+    lines = evaluate(capsys, f"--workdir={run}", f"--tasks=choices:{file},toy_tasks:colours", "--shots=1")
+    result = json.loads(lines[-1])
+    assert result["step"] == 3 and set(result["tasks"]) == {"choices", "colours"}
+    choices = result["tasks"]["choices"]
+    assert 0 <= choices["accuracy"] <= 1 and choices["accuracy_se"] < 0.1 and choices["shots"] == 1
+    assert 30 <= choices["items"] < 40  # some of them demonstrate
+    assert lines[0].startswith("choices") and "±" in lines[0] and "1 shots" in lines[0]
+    for how in ("sum", "byte", "unconditional"):
+        flags = (f"--workdir={run}", f"--tasks=choices:{file}", f"--normalise={how}", "--limit=12")
+        found = json.loads(evaluate(capsys, *flags)[-1])["tasks"]["choices"]
+        assert found["items"] == 12 and found["accuracy"] == found[f"accuracy_{how}"]
+
+
+def test_a_mesh_gives_the_same_figures(run, file, capsys):
+    flags = (f"--workdir={run}", f"--tasks=choices:{file}")
+    assert jax.device_count() == 8
+    spread = json.loads(evaluate(capsys, *flags, "--config.mesh.data=4", "--config.mesh.fsdp=2")[-1])
+    tensor = json.loads(evaluate(capsys, *flags, "--config.mesh.tensor=2", "--config.mesh.fsdp=4")[-1])
+    assert spread["tasks"] == tensor["tasks"]
+
+
+def test_the_harness_runs_beside(run, file, capsys):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness (the extra 'eval') is not installed")
+    lines = evaluate(capsys, f"--workdir={run}", f"--tasks=choices:{file}", "--harness", "--limit=10")
+    assert json.loads(lines[-1])["tasks"]["choices"]["harness"]["largest_difference"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tasks=choises"], "unknown benchmark 'choises' (did you mean 'choices'"),
+        (["--shots=2"], "--shots is 2, but no --tasks are named"),
+        (["--tasks=choices:FILE", "--shots=-1"], "--shots is -1"),
+        (["--tasks=choices:FILE", "--shots=300"], "300 demonstrations are asked for, but there are"),
+        (["--tasks=choices:FILE", "--normalise=mean"], "normalise is 'mean'"),
+        (["--tasks=choices:FILE", "--config.steps=2"], "only the mesh"),
+        (["--tasks=choices:FILE", "--boundary=none"], "boundary is 'none'"),
+        (["--tasks=choices:/none.jsonl"], "/none.jsonl"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(run, file, capsys, flags, said):
+    assert main(["eval", f"--workdir={run}", *(flag.replace("FILE", str(file)) for flag in flags)]) == 1
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1 and said in err

@@ -1,0 +1,127 @@
+"""Other forms of `gpt-jax sample`: beams, choices, log-probabilities, the page; many prompts in continuous batches."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+from test_sample_command import save_run
+
+import gpt_jax
+from gpt_jax.choice import choose_texts
+from gpt_jax.cli import main
+from gpt_jax.sample import continue_prompts, continue_texts
+from gpt_jax.sample_page import look_at
+from gpt_jax.sampling import Sampling
+
+DEFAULT = Sampling(0.8, top_p=0.95)  # the command's
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "plain"
+    save_run(path, optax.adam(0.1), (3,))
+    return path
+
+
+def samples(capsys, run, *flags):
+    assert main(["sample", f"--workdir={run}", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])["samples"]
+
+
+def log_probability(run, ids):
+    """log P of each token after EOT, from the plain forward pass."""
+    ids = [256, *ids]
+    logp = jax.nn.log_softmax(run.model.apply({"params": run.params}, jnp.asarray([ids])).logits[0])
+    return np.asarray(logp)[np.arange(len(ids) - 1), ids[1:]]
+
+
+def test_log_probabilities_are_those_of_the_plain_forward_pass(run, capsys):
+    loaded = gpt_jax.load(run)
+    row = samples(capsys, run, "--prompt=ab", "--max-tokens=6", "--temperature=2", "--logprobs")[0]
+    (text, ids), *_ = continue_prompts(loaded, ["ab"], max_tokens=6, sampling=Sampling(2.0, top_p=0.95))
+    assert row["text"] == text and len(row["tokens"]) == len(ids)
+    np.testing.assert_allclose(row["logprobs"], log_probability(loaded, [*b"ab", *ids])[2:], atol=1e-4)
+
+
+def test_beams_find_what_is_at_least_as_likely_as_the_greedy_text(run, capsys):
+    loaded = gpt_jax.load(run)
+    ((_, greedy),) = continue_prompts(loaded, ["ab"], max_tokens=5, sampling=Sampling(0.0))
+    flags = ("--prompt=ab", "--max-tokens=5", "--beams=16", "--length-penalty=0", "--num-samples=2", "--logprobs")
+    first, second = (sum(row["logprobs"]) for row in samples(capsys, run, *flags))
+    ours = log_probability(loaded, [*b"ab", *greedy])[2:].sum()
+    assert first >= second - 1e-4 and first >= ours - 1e-4
+
+
+def test_a_choice_is_made_by_its_probability(run, capsys):
+    loaded = gpt_jax.load(run)
+    p = {c: float(np.exp(log_probability(loaded, f"is it {c}".encode())[6:].sum())) for c in ("yes", "no")}
+    expected = {c: value / sum(p.values()) for c, value in p.items()}
+    row = samples(capsys, run, "--prompt=is it:", "--choice= yes", "--choice= no", "--temperature=0")[0]
+    assert row["text"] in (" yes", " no") and sum(row["probabilities"].values()) == pytest.approx(1)
+    (best, found), *_ = choose_texts(loaded, ["is it "], ["yes", "no"])
+    for choice, value in found.items():
+        # The space belongs to the continuation, as to every other choice: its probability cancels.
+        assert value == pytest.approx(expected[choice], rel=1e-3)
+    assert best == max(expected, key=expected.get)
+    drawn = choose_texts(loaded, ["is it "] * 400, ["yes", "no"], temperature=1.0)
+    counts = [sum(c == choice for c, _ in drawn) for choice in ("yes", "no")]
+    assert stats.chisquare(counts, [400 * expected[c] for c in ("yes", "no")]).pvalue > 0.001
+
+
+def test_many_prompts_in_continuous_batches_are_what_each_is_alone(run):
+    loaded = gpt_jax.load(run)
+    prompts = ["abc"[: 1 + i % 3] * (1 + i % 4) for i in range(40)]
+    settings = dict(max_tokens=10, sampling=Sampling(1.0), stop=["e", "\u00e9"])
+    together = continue_texts(loaded, prompts, seed=0, **settings)
+    for row in (0, 13, 39):
+        assert continue_texts(loaded, [prompts[row]], seed=row, **settings) == [together[row]]
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_looked_at_is_the_softmax(run):
+    loaded = gpt_jax.load(run)
+    ids = [256, *b"hello"]
+    shown = look_at(loaded.model, loaded.params, ids, top=3)
+    logits = loaded.model.apply({"params": loaded.params}, jnp.asarray([ids])).logits[0]
+    p = np.asarray(jax.nn.softmax(logits))
+    assert [token.id for token in shown] == ids and shown[0].probability is None
+    for i, token in enumerate(shown[1:]):
+        assert token.probability == pytest.approx(p[i, token.id], rel=1e-3)
+        assert token.rank == (p[i] > p[i, token.id]).sum()
+        assert [t for t, _ in token.alternatives] == np.argsort(-p[i])[:3].tolist()
+
+
+def test_the_page_holds_every_token_and_nothing_from_elsewhere(run, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    rows = samples(capsys, run, "--prompt=<b>&", "--prompt=x", "--max-tokens=9", "--seed=2", f"--html={page}")
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall('<span class="t prompt"', text)) == 5 + 2  # with their EOTs
+    new = len(re.findall(r'<span class="t" tabindex', text))
+    ids = [new for _, new in continue_prompts(gpt_jax.load(run), ["<b>&", "x"], max_tokens=9, sampling=DEFAULT, seed=2)]
+    assert new == sum(map(len, ids)) and [row["prompt"] for row in rows] == ["<b>&", "x"]
+    assert "&lt;</span>" in text or "&lt;<span" in text  # escaped
+    assert not re.search(r"(src|href)=|@import|url\(", text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--beams=-1"], "--beams is -1"),
+        (["--beams=2", "--num-samples=3"], "--beams is 2"),
+        (["--choice=a"], "at least two different texts"),
+        (["--choice=a", "--choice=b", "--beams=2"], "--choice goes without --beams"),
+        (["--logprobs"], "--logprobs is for --json"),
+        (["--choice=a", "--choice=b", "--normalise=mean"], "normalise is 'mean'"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(run, capsys, flags, said):
+    assert main(["sample", f"--workdir={run}", *flags]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
