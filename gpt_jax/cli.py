@@ -26,6 +26,10 @@ COMMANDS = {
     "augment": "generate training examples or text, filtered, with provenance",
     "context": "what a run makes of its context, and of more than that: figures and numbers",
     "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
+    "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
+    "inspect": "look into a checkpoint: attention, logit lens, heads, patching, attribution",
+    "rerun": "repeat the first steps of a run: is every number the same?",
+    "replay": "repeat one step of a run: its rows, norms, and what first was not finite",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
@@ -35,6 +39,10 @@ _MODULES = {
     "eval": "gpt_jax.eval_command",
     "sample": "gpt_jax.sample",
     "augment": "gpt_jax.augment.command",
+    "ablate": "gpt_jax.ablate",
+    "inspect": "gpt_jax.inspect.command",
+    "rerun": "gpt_jax.forensics.rerun",
+    "replay": "gpt_jax.forensics.replay",
 }
 
 

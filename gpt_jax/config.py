@@ -108,6 +108,9 @@ class MeshConfig:
 class InitConfig:
     source: str = option("", "`init.from`: a run's workdir or checkpoint whose weights to start from, by name")
     model: bool = option(True, "take the shape of the model (model.*) from that run too; False keeps this config's")
+    rename: tuple[tuple[str, str], ...] = option(
+        (), "(regex, replacement) pairs over that run's parameter names, e.g. (('^model/', 'reference/'),)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,7 @@ class LogConfig:
     console_every_steps: int = option(10, "a line on the console every so many steps")
     tensorboard: bool = option(True, "write TensorBoard events")
     wandb: str = option("", "a Weights & Biases project (extra `wandb`); empty is off")
+    spike_z: float = option(6.0, "keep the batch, norms and row losses of a step whose z-score is above; 0 is off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,15 +298,16 @@ def find_config(name_or_path: str) -> pathlib.Path:
     )
 
 
-def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
+def call_config_file(path: pathlib.Path, function: str) -> Any:
+    """Runs a config file and returns what its function `function` returns; its mistakes become a UserError."""
     spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        tree = module.get_config()
+        return getattr(module, function)()
     except AttributeError as error:
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{path} does not define get_config().") from None
+        if not hasattr(module, function):
+            raise UserError(f"{path} does not define {function}().") from None
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     except KeyError as error:
         raise UserError(f"{path}: {' '.join(str(error.args[0] if error.args else error).split())}") from None
@@ -312,6 +317,10 @@ def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
+    tree = call_config_file(path, "get_config")
     if isinstance(tree, ml_collections.ConfigDict):
         return tree.to_dict()
     if not isinstance(tree, Mapping):

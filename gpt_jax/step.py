@@ -187,8 +187,9 @@ def gradients(
       (loss, metrics by name, gradient with respect to `params`, float32).
     """
     rows = objective.num_rows(batch)
-    keys = row_keys(seed, step, jnp.arange(rows))
-    batch = objective.prepare(batch, keys, step)
+    with jax.named_scope("prepare"):  # names that forensics tells
+        keys = row_keys(seed, step, jnp.arange(rows))
+        batch = objective.prepare(batch, keys, step)
     pieces, piece_keys = (cut(batch, microbatches), cut(keys, microbatches)) if microbatches > 1 else (None, None)
 
     if objective.needs_scores:
@@ -390,8 +391,9 @@ def build_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
-        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         average = state.ema
         if ema:
             average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params)

@@ -20,9 +20,11 @@ from gpt_jax.console import Console
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all, evaluators_of
+from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb
 from gpt_jax.model.config import count_parameters
 from gpt_jax.report import write_report
+from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.step import TrainState, join
@@ -99,6 +101,7 @@ def train(
             config.checkpoint.every_minutes,
         )
         sample = hooks.Sample(directory, console, sampler(run))
+        watch = Watch(directory, run.data.train, run.step, config.seed, writer, config.log.spike_z)
         stop = stack.enter_context(Preemption())
 
         step, done, pending, values = run.step, start, None, {}
@@ -107,6 +110,7 @@ def train(
                 state, metrics = step(state, batch)
                 if pending is not None:
                     report_row(*pending)
+                    watch(*pending[:2], state)
                 done, tokens = index + 1, run.rows_at(index) * config.context_length
                 pending = (done, metrics, tokens, loader.stall_seconds, dict(loader.perf))
                 last, settled = done == config.steps, done % run.segment == 0
@@ -116,6 +120,7 @@ def train(
                 saving = last or stopping or (settled and save.is_due(done))
                 if evaluating or sampling or saving:
                     report_row(*pending)
+                    watch(*pending[:2], state)
                     pending = None
                     with clock.pause():
                         if evaluating:
@@ -163,17 +168,24 @@ def first_state(
         frozen = checkpointer.restore_frozen(abstract.frozen) if jax.tree.leaves(abstract.frozen) else abstract.frozen
         log(f"continuing at step {latest} of {run.config.steps}")
         return dataclasses.replace(state, frozen=frozen), latest
+    state = initial_state(run, log)
+    if jax.tree.leaves(state.frozen):
+        checkpointer.save_frozen(state.frozen)
+    return state, 0
+
+
+def initial_state(run: Run, log: Callable[[str], None]) -> TrainState:
+    """What a run starts from: parameters of its seed, or another run's weights by name."""
     state = run.step.init(run.config.seed)
-    if run.config.init.source:
-        params, restored = restore_subset(run.config.init.source, join(state.params, state.frozen))
+    init = run.config.init
+    if init.source:
+        params, restored = restore_subset(init.source, join(state.params, state.frozen), rename=init.rename)
         log(restored.describe())
         for root, other in run.objective.copies.items():
             log(f"{root}: a copy of {other}")
             params = {**params, root: jax.tree.map(jnp.copy, params[other])}
         state = run.step.with_params(state, params)
-    if jax.tree.leaves(state.frozen):
-        checkpointer.save_frozen(state.frozen)
-    return state, 0
+    return state
 
 
 def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> None:
@@ -245,6 +257,7 @@ def finish(
             directory.write_json("baselines.json", known)
         if values:
             directory.write_json("evaluation.json", {k.removeprefix("valid/"): v for k, v in values.items()})
+        directory.write_json("memory.json", describe_memory(run.step))
         report = write_report(directory.path, evaluation=directory.read_json("evaluation.json"), baselines=known)
         summary |= {**values, **(known or {}), "report": str(report)}
         log(f"finished {done} steps in {seconds:.0f} s; report: {report}")

@@ -134,8 +134,23 @@ def _visible(start: int, end: int, T: int, mask: Mask, variant: Variant) -> tupl
     return max(0, before), min(T, after)
 
 
+def attention_weights(q_BxTxHxK: Array, k_BxTxGxK: Array, mask: Mask, variant: Variant) -> Array:
+    """The weights [B, H, T, T] that `attend` gives the values, whatever computes them: for those who want to look."""
+    B, T, H, K = q_BxTxHxK.shape
+    G = k_BxTxGxK.shape[2]
+    allowed, distance = _allowed(T, T, 0, 0, mask, variant)
+    scaled = (q_BxTxHxK * jnp.asarray(1.0 / math.sqrt(K), q_BxTxHxK.dtype)).reshape(B, T, G, H // G, K)
+    scores = score(jnp.transpose(scaled, (0, 2, 3, 1, 4)), jnp.swapaxes(k_BxTxGxK, 1, 2))
+    return _weigh(scores, allowed, distance, variant, 0).reshape(B, H, T, T)
+
+
 def _attend_block(q, k, v, q_start: int, k_start: int, mask: Mask, variant: Variant) -> Array:
-    T, S = q.shape[1], k.shape[1]
+    allowed, distance = _allowed(q.shape[1], k.shape[1], q_start, k_start, mask, variant)
+    return _softmax_attend(q, k, v, allowed, distance, variant, q_start)
+
+
+def _allowed(T: int, S: int, q_start: int, k_start: int, mask: Mask, variant: Variant) -> tuple[Any, Any]:
+    """What T queries may see of S keys, and their distances (ALiBi): broadcastable to [B, T, S], or None."""
     q_pos, k_pos = q_start + jnp.arange(T)[:, None], k_start + jnp.arange(S)[None, :]
     allowed: Any = None
     if mask.kind != "bidirectional" and (T > 1 or k_start + S > q_start + 1):
@@ -150,8 +165,7 @@ def _attend_block(q, k, v, q_start: int, k_start: int, mask: Mask, variant: Vari
         k_seg = mask.segments_BxT[:, None, k_start : k_start + S]
         same = (q_seg == k_seg) & (k_seg > 0)
         allowed = same if allowed is None else allowed & same
-    distance = abs(q_pos - k_pos)[None] if variant.alibi else None
-    return _softmax_attend(q, k, v, allowed, distance, variant, q_start)
+    return allowed, abs(q_pos - k_pos)[None] if variant.alibi else None
 
 
 def _softmax_attend(q, k, v, allowed, distance, variant: Variant, block_id: int) -> Array:
