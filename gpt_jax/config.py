@@ -101,7 +101,23 @@ class MeshConfig:
     fsdp: int = option(-1, "devices along the fsdp axis (batch and parameters sharded)")
     tensor: int = option(1, "devices along the tensor axis (heads, ff and vocabulary sharded)")
     sequence: int = option(1, "devices along the sequence axis (tokens of a row sharded)")
+    slices: int = option(0, "parts of the machine that a slower network joins (TPU multi-slice); 0: what devices say")
+    slice_axis: str = option("data", "the axis that goes across slices: data | fsdp")
     rules: tuple[tuple[str, Any], ...] = option((), "extra (logical axis, mesh axis) rules, tried before the defaults")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    devices: int = option(0, "devices that the job must find, on all hosts together; 0: whatever is there")
+    device_kind: str = option("", "and a part of their kind's name, e.g. 'v5p' or 'H100'; empty: any")
+    join_seconds: float = option(300.0, "how long processes wait for each other at the start")
+    heartbeat_seconds: float = option(60.0, "a process that was silent for so long is lost, and the others end")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerConfig:
+    flags: str = option("default", "flags for the backend at hand: default (gpt_jax/compiler_flags.py) | none")
+    extra: tuple[str, ...] = option((), "further flags, ('--name=value', ...); the environment's own come first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +155,7 @@ class LogConfig:
     every_steps: int = option(1, "a training row in metrics.jsonl every so many steps")
     console_every_steps: int = option(10, "a line on the console every so many steps")
     tensorboard: bool = option(True, "write TensorBoard events")
+    copy_to: str = option("", "gs:// or s3:// URL that logs and report are copied to at each save; empty is off")
     wandb: str = option("", "a Weights & Biases project (extra `wandb`); empty is off")
     spike_z: float = option(6.0, "keep the batch, norms and row losses of a step whose z-score is above; 0 is off")
 
@@ -170,6 +187,8 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    compiler: CompilerConfig = dataclasses.field(default_factory=CompilerConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -195,6 +214,9 @@ class Config:
             ("checkpoint", "keep_every_steps", 0),
             ("data", "prefetch", 1),
             ("data", "workers", 0),
+            ("distributed", "devices", 0),
+            ("distributed", "join_seconds", 1),
+            ("distributed", "heartbeat_seconds", 1),
         ):
             value = getattr(getattr(self, group), name)
             if value < least:

@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 
+from gpt_jax import distributed
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.console import Console, console_line
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import MetricsWriter
 from gpt_jax.throughput import Clock
 from gpt_jax.workdir import Workdir
+
+_ASK_EVERY = 4  # steps between two questions to process 0
 
 
 def due(step: int, every: int) -> bool:
@@ -111,15 +114,19 @@ class Save:
     metadata: Mapping[str, Any]
     every_steps: int
     every_minutes: float
+    copy_logs: Callable[[], None] = lambda: None
     last: float = dataclasses.field(default_factory=time.monotonic)
 
     def is_due(self, step: int) -> bool:
         self.checkpointer.check()
-        minutes = self.every_minutes and time.monotonic() - self.last >= 60 * self.every_minutes
-        return due(step, self.every_steps) or bool(minutes)
+        minutes = bool(self.every_minutes) and time.monotonic() - self.last >= 60 * self.every_minutes
+        if self.every_minutes and distributed.several():  # clocks differ, so process 0 says for all, now and then
+            minutes = step % _ASK_EVERY == 0 and distributed.decide(minutes)
+        return due(step, self.every_steps) or minutes
 
     def __call__(self, step: int, state: Any) -> None:
         self.writer.flush()
+        self.copy_logs()
         self.checkpointer.save(
             step, strip(state), metadata=self.metadata, valid_losses=self.writer.column("valid/loss")
         )

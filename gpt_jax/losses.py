@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -66,27 +67,35 @@ def _backward(z_loss, smoothing, vocab_size, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def chunked_cross_entropy(unembed, hidden_NxD: Array, targets_N: Array, *, chunk: int, **kwargs) -> tuple[Array, Array]:
+def chunked_cross_entropy(unembed, hidden: Array, targets: Array, *, chunk: int, **kwargs) -> tuple[Array, Array]:
     """`cross_entropy(unembed(hidden), targets)` without ever holding all logits: chunks of tokens, recomputed backward.
 
-    Slower where the logits fit; for large vocabularies and long contexts on accelerators.
+    Slower where the logits fit; for large vocabularies and long contexts on accelerators. Every chunk has tokens of
+    every row, evenly spread over it: where a mesh cuts rows or their tokens, each device has its part of each chunk.
 
     Args:
-      unembed: hidden [n, D] -> logits [n, V]; parameters are closed over.
-      hidden_NxD, targets_N: flattened tokens; N need not be a multiple of `chunk`.
-      chunk: tokens at a time.
+      unembed: hidden [..., D] -> logits [..., V]; parameters are closed over.
+      hidden, targets: [..., T, D] and [..., T]; any number of tokens.
+      chunk: tokens at a time, at least one of each row.
+
+    Returns:
+      (loss, nll), each [..., T].
     """
-    N, D = hidden_NxD.shape
-    n = -(-N // chunk)
-    hidden = jnp.pad(hidden_NxD, ((0, n * chunk - N), (0, 0))).reshape(n, chunk, D)
-    targets = jnp.pad(targets_N, (0, n * chunk - N)).reshape(n, chunk)
+    *lead, T, _ = hidden.shape
+    width = min(T, max(1, chunk // math.prod(lead)))
+    n = -(-T // width)
+    at = len(lead)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, n * width - T if axis == at else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*lead, width, n, *x.shape[at + 1 :]), at + 1, 0)
 
     @jax.checkpoint
     def body(_, xs):
         return None, cross_entropy(unembed(xs[0]), xs[1], **kwargs)
 
-    _, (loss, nll) = lax.scan(body, None, (hidden, targets))
-    return loss.reshape(-1)[:N], nll.reshape(-1)[:N]
+    _, out = lax.scan(body, None, (cut(hidden), cut(targets)))
+    return tuple(jnp.moveaxis(x, 0, -1).reshape(*lead, n * width)[..., :T] for x in out)
 
 
 def binary_cross_entropy(scores: Array, labels: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Sizes by name: GPT-3's eight models (Brown et al. 2020, Table 2.1) and GPT-2's four (Radford et al. 2019).
+"""Sizes by name: GPT-3's eight models (Brown et al. 2020, Table 2.1), GPT-2's four (Radford et al. 2019), Llama 2's.
 
 A config uses one so:
 
@@ -81,7 +81,33 @@ GPT2: dict[str, Preset] = {
     "gpt2_1558m": _preset(1024, 48, 1600, 25, 512, 2e-4, 1_557_611_200),
 }
 
-PRESETS: dict[str, Preset] = GPT3 | GPT2
+
+
+def _llama2(layers: int, width: int, heads: int, kv_heads: int, d_ff: int, lr: float, count: int) -> Preset:
+    model = dict(
+        vocab_size=32_000,
+        num_layers=layers,
+        d_model=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        d_ff=d_ff,
+        positions="rope",
+        norm="rmsnorm",
+        ffn="swiglu",
+        bias=False,
+        tie_embeddings=False,
+        scale_residual_init=False,
+    )
+    return Preset(model, 4096, 1024, lr, count)
+
+
+# Llama 2 (Touvron et al. 2023): 4M tokens a batch in sequences of 4,096.
+LLAMA2: dict[str, Preset] = {
+    "llama2_7b": _llama2(32, 4096, 32, 0, 11008, 3e-4, 6_738_415_616),
+    "llama2_70b": _llama2(80, 8192, 64, 8, 28672, 1.5e-4, 68_976_648_192),
+}
+
+PRESETS: dict[str, Preset] = GPT3 | GPT2 | LLAMA2
 
 # GPT-3, appendix B: tokens.
 GPT3_WARMUP = "375Mtok"
@@ -103,6 +129,23 @@ def gpt3(name: str) -> ml_collections.ConfigDict:
     config.data.path = "$GPT_JAX_DATA/pretrain/*.jsonl.zst"
     config.data.tokenizer.update(kind="gpt2", path="$GPT_JAX_DATA/gpt2_bpe", specials=("eot",))
     config.optimizer.update(learning_rate=preset.learning_rate, warmup=GPT3_WARMUP, decay=GPT3_DECAY)
+    config.eval.update(every_steps=2000, max_batches=50)
+    config.checkpoint.every_steps = 2000
+    config.log.every_steps = 10
+    return config
+
+
+def llama2(name: str) -> ml_collections.ConfigDict:
+    """Returns the config of a run of Llama 2's size and recipe (section 2) on text of your own."""
+    preset = PRESETS[name]
+    config = base()
+    config.steps = 500_000
+    config.batch_size = preset.batch_size
+    config.context_length = preset.context_length
+    config.model.update(**preset.model, dtype="bfloat16", unroll=1, remat="full")
+    config.data.path = "$GPT_JAX_DATA/pretrain/*.jsonl.zst"
+    config.data.tokenizer.update(kind="hf", path="$GPT_JAX_DATA/llama2_tokenizer", specials=())
+    config.optimizer.update(learning_rate=preset.learning_rate, warmup="2000", end_factor=0.1)
     config.eval.update(every_steps=2000, max_batches=50)
     config.checkpoint.every_steps = 2000
     config.log.every_steps = 10

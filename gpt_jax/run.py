@@ -24,7 +24,7 @@ from gpt_jax.errors import UserError, choose
 from gpt_jax.model.lora import LORA_BASE
 from gpt_jax.objectives.base import Host, Objective, Setting, build_objective, check_spec, rows_of
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
-from gpt_jax.sharding import DEFAULT_RULES, batch_shardings, make_mesh, path_name
+from gpt_jax.sharding import AXES, DEFAULT_RULES, batch_shardings, make_mesh, path_name
 from gpt_jax.step import TrainStep, build_eval_step, build_predict_step, build_train_step
 from gpt_jax.workdir import open_workdir
 
@@ -109,7 +109,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         raise UserError(
             "deterministic=True on a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment."
         )
-    mesh = make_mesh({axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "rules"})
+    mesh = mesh_of(config)
     check_rows(config, mesh)
     check_spec(config.objective)
     schedule = resolve_batch_schedule(
@@ -143,13 +143,36 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     spec = data.train.spec()
     check_delivers(objective.batch_spec(config.batch_size, config.context_length), spec)
 
-    def tokens_at(step: Any) -> Any:
-        return rows_before(step, schedule, config.batch_size) * config.context_length
-
-    active = None
     if schedule:
         check_schedule(schedule, config.batch_size, config.microbatches)
         data = dataclasses.replace(data, train=RampedSource(data.train, config.microbatches))
+    step = make_step(config, objective, spec, mesh, schedule)
+    sizes, tokens_at = batch_sizes(schedule, config.batch_size), tokens_before(config, schedule)
+    run = Run(config, data, objective, step, sizes, tokens_at)
+    if config.eval.tasks:
+        from gpt_jax.evaluate import check_tasks
+
+        check_tasks(run)  # an unknown name is told before the first step, not at the first validation
+    return run
+
+
+def tokens_before(config: Config, schedule: Sequence[tuple[int, int]]) -> Callable[[Any], Any]:
+    """Returns step -> tokens in all batches before it."""
+    return lambda step: rows_before(step, schedule, config.batch_size) * config.context_length
+
+
+def make_step(
+    config: Config, objective: Objective, batch_spec: Any, mesh: Any, schedule: Sequence[tuple[int, int]] = ()
+) -> TrainStep:
+    """Builds the optimizer and the train step of a config; nothing is compiled and no array made.
+
+    Args:
+      config: resolved, with vocab_size and max_positions filled in. objective: of the config.
+      batch_spec: what the data delivers. mesh: of any devices, also those that only compile.
+      schedule: smaller batches at first, as `resolve_batch_schedule` returns it.
+    """
+    active = None
+    if schedule:
         size = config.batch_size // config.microbatches
 
         def active(step: Any) -> Any:
@@ -164,7 +187,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         decay=o.decay,
         cooldown=o.cooldown,
         end_factor=o.end_factor,
-        tokens_at=tokens_at,
+        tokens_at=tokens_before(config, schedule),
     )
     adapting = config.model.lora_rank and config.model.lora_freeze
     optimizer = make_optimizer(
@@ -182,7 +205,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     step = build_train_step(
         objective,
         optimizer,
-        spec,
+        batch_spec,
         mesh=mesh,
         rules=(*config.mesh.rules, *DEFAULT_RULES),
         seed=config.seed,
@@ -193,12 +216,13 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     )
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.abstract.all_params)]
     check_groups(o.groups, names)
-    run = Run(config, data, objective, step, batch_sizes(schedule, config.batch_size), tokens_at)
-    if config.eval.tasks:
-        from gpt_jax.evaluate import check_tasks
+    return step
 
-        check_tasks(run)  # an unknown name is told before the first step, not at the first validation
-    return run
+
+def mesh_of(config: Config, devices: Sequence[jax.Device] | None = None) -> Any:
+    """Returns the mesh of a config over `devices`; None is all there are."""
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    return make_mesh(sizes, devices, slices=config.mesh.slices, slice_axis=config.mesh.slice_axis)
 
 
 # How a model is executed or regularised: what a run that starts from another's weights chooses for itself.

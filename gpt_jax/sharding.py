@@ -40,17 +40,31 @@ DEFAULT_RULES: Rules = (
 
 
 def make_mesh(
-    sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None, **named: int
+    sizes: Mapping[str, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    slices: int = 0,
+    slice_axis: str = "data",
+    **named: int,
 ) -> Mesh:
     """Returns the mesh (data, fsdp, tensor, sequence); a size of -1 is what is left (default: fsdp).
 
+    Devices of several slices, which a slower network (DCN) joins than the one inside a slice (ICI), are laid out slice
+    after slice along `slice_axis`: every other axis stays within a slice.
+
+    Args:
+      sizes, named: devices along each axis. devices: None is all.
+      slices: parts of equal size that a slower network joins; 0 is what the devices say (TPU slices; else one).
+      slice_axis: the axis that goes across slices, whose size they divide.
+
     Raises:
-      UserError: sizes whose product is not the number of devices, or two of -1.
+      UserError: sizes whose product is not the number of devices, two of -1, or an axis that slices do not divide.
     """
     devices = list(devices if devices is not None else jax.devices())
     given = {**dict.fromkeys(AXES, 1), "fsdp": -1, **(sizes or {}), **named}
     for axis in given:
         choose("a mesh axis", axis, AXES)
+    choose("mesh.slice_axis", slice_axis, ("data", "fsdp"))
     shape = [given[axis] for axis in AXES]
     if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
         raise UserError(f"mesh is {dict(zip(AXES, shape, strict=True))}: sizes are positive, and one may be -1.")
@@ -61,12 +75,39 @@ def make_mesh(
         raise UserError(
             f"mesh is {dict(zip(AXES, shape, strict=True))}, which does not make up the {len(devices)} devices here."
         )
-    grid = np.asarray(devices).reshape(shape)
-    if devices[0].platform in ("tpu", "gpu") and len(devices) > 1:
-        from jax.experimental import mesh_utils
-
-        grid = mesh_utils.create_device_mesh(shape, devices)
+    groups = _slices(devices, slices)
+    at = AXES.index(slice_axis)
+    if shape[at] % len(groups):
+        raise UserError(
+            f"mesh.{slice_axis} is {shape[at]}, which the {len(groups)} slices do not divide: make it a multiple of "
+            "them, or let mesh.slice_axis name the axis that goes across slices (data | fsdp)."
+        )
+    inner = [size // len(groups) if axis == at else size for axis, size in enumerate(shape)]
+    grid = np.concatenate([_lay_out(inner, group) for group in groups], axis=at)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
+    """Devices by slice: as many equal parts as asked for, or by what the devices say."""
+    if not slices:
+        numbers = [getattr(d, "slice_index", None) or 0 if d.platform == "tpu" else 0 for d in devices]
+        return [[d for d, at in zip(devices, numbers, strict=True) if at == n] for n in sorted(set(numbers))]
+    if slices < 0 or len(devices) % slices:
+        raise UserError(f"mesh.slices is {slices}, which does not divide the {len(devices)} devices.")
+    size = len(devices) // slices
+    return [devices[i : i + size] for i in range(0, len(devices), size)]
+
+
+def _lay_out(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
+    """Devices of one slice in the given shape, neighbours in the mesh being neighbours in the machine."""
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.asarray(devices).reshape(shape)
+    from jax.experimental import mesh_utils
+
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # no product of whole machine axes: cut some
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def spec_for(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules, name: str) -> PartitionSpec:
@@ -193,3 +234,35 @@ def assert_sharded_like(state: Any, params: Any) -> None:
                 break
     if wrong:
         raise AssertionError("optimizer state is not sharded like its parameters: " + "; ".join(wrong))
+
+
+def replicated_bytes(shapes: Any, shardings: Any) -> tuple[float, list[str]]:
+    """Which parameters FSDP leaves whole: (their part of all bytes, "name (MB)" of each, the largest first).
+
+    A parameter counts if its sharding does not use the fsdp axis and that axis has more than one device: each fsdp
+    shard then holds it whole.
+
+    Args:
+      shapes: (abstract) parameters. shardings: of each, the same tree.
+    """
+    total, found = 0, []
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    ):
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        total += size
+        used = {axis for entry in sharding.spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
+        if sharding.mesh.shape["fsdp"] > 1 and "fsdp" not in used:
+            found.append((size, path_name(path)))
+    found.sort(reverse=True)
+    return sum(size for size, _ in found) / max(total, 1), [f"{name} ({size / 1e6:.3g} MB)" for size, name in found]
+
+
+def check_sharded_enough(shapes: Any, shardings: Any, at_most: float = 0.02) -> None:
+    """Raises UserError naming the parameters that FSDP leaves whole if they are more than `at_most` of the bytes."""
+    part, names = replicated_bytes(shapes, shardings)
+    if part > at_most:
+        raise UserError(
+            f"{part:.1%} of the parameters' bytes are whole on every fsdp shard (at most {at_most:.0%} should be): "
+            f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; add rules for their axes to mesh.rules."
+        )

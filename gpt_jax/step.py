@@ -22,6 +22,7 @@ from flax import struct
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gpt_jax.compiler_flags import options
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.objectives.base import Objective
 from gpt_jax.optim import Optimizer
@@ -36,11 +37,6 @@ from gpt_jax.sharding import (
     state_shardings,
     unbox,
 )
-
-# On CPU Eigen's products are faster than those of YNNPACK, jaxlib 0.10's default (an empty list is none), and what runs
-# once, the drawing of the weights, takes longer to optimise than to run. Measured in docs/LOG.md.
-_UPDATE_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-_INIT_OPTIONS = {"xla_backend_optimization_level": 1}
 
 EVALUATION = 0x7FFFFFFF  # stands where the step does in the row keys of an evaluation
 
@@ -277,10 +273,15 @@ class TrainStep:
         """Places a host batch on the mesh."""
         return jax.tree.map(jax.device_put, batch, self.batch_shardings)
 
+    def trace(self) -> Any:
+        """Traces the update for its shapes and shardings, without data."""
+        with self.context():
+            return self.jitted.trace(self.abstract, self.batch_spec)
+
     def lower(self) -> Any:
         """Lowers the update for its shapes and shardings, without data: for ahead-of-time compilation."""
         with self.context():
-            return self.jitted.lower(self.abstract, self.batch_spec)
+            return self.trace().lower()
 
     @property
     def abstract_state(self) -> TrainState:
@@ -426,7 +427,7 @@ def build_train_step(
         in_shardings=(placed, placed_batch),
         out_shardings=(placed, replicated),
         donate_argnums=(0,),
-        compiler_options=_on_cpu(_UPDATE_OPTIONS, platform),
+        compiler_options=_on_cpu(options("update"), platform),
     )
     return TrainStep(
         objective=objective,
@@ -438,7 +439,7 @@ def build_train_step(
         batch_spec=batch_spec,
         batch_shardings=placed_batch,
         jitted=jitted,
-        init_jitted=jax.jit(init, out_shardings=placed, compiler_options=_on_cpu(_INIT_OPTIONS, platform)),
+        init_jitted=jax.jit(init, out_shardings=placed, compiler_options=_on_cpu(options("init"), platform)),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import Mask, Variant, attend
+from gpt_jax.model.chunks import attend_chunks
 from gpt_jax.model.positions import alibi_slopes, rotate
 
 B, T, H, K = 2, 11, 4, 8
@@ -72,7 +73,10 @@ def ours(spec, block):
     prefix = in_prefix(spec.pop("prefix")) if "prefix" in spec else None
     mask = Mask(spec.pop("kind", "causal"), spec.pop("segments", None), prefix)
     mix = {f"{n}_HxH": spec.pop(n) for n in ("mix_scores", "mix_weights") if n in spec}
-    return functools.partial(attend, mask=mask, variant=Variant(**spec, **mix), block=block)
+    how = dict(mask=mask, variant=Variant(**spec, **mix))
+    if block == "chunks":
+        return functools.partial(attend_chunks, chunk=2, **how)
+    return functools.partial(attend, block=block, **how)
 
 
 @functools.cache
@@ -96,7 +100,7 @@ def seeing(spec):
     return np.ones((B, T, 1, 1), np.float32) if segments is None else (segments > 0)[..., None, None]
 
 
-@pytest.mark.parametrize("block", [None, 4], ids=["dense", "blocks"])
+@pytest.mark.parametrize("block", [None, 4, "chunks"], ids=["dense", "blocks", "chunks"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_attention_equals_brute_force(name, block):
     spec, kv_heads = VARIANTS[name]
@@ -124,11 +128,12 @@ def test_gradients_equal_finite_differences_of_brute_force(name):
     assert got == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("block", [4, "chunks"], ids=["blocks", "chunks"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_blocks_equal_dense_in_values_and_gradients(name):
+def test_blocks_equal_dense_in_values_and_gradients(name, block):
     spec, _ = VARIANTS[name]
     (dense, dense_grads), _ = value_and_pullback(name, None)
-    (blocks, blocks_grads), _ = value_and_pullback(name, 4)
+    (blocks, blocks_grads), _ = value_and_pullback(name, block)
     np.testing.assert_allclose(blocks * seeing(spec), dense * seeing(spec), atol=2e-6)
     for a, b in zip(blocks_grads, dense_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)

@@ -138,33 +138,69 @@ def attention_weights(q_BxTxHxK: Array, k_BxTxGxK: Array, mask: Mask, variant: V
     """The weights [B, H, T, T] that `attend` gives the values, whatever computes them: for those who want to look."""
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]
-    allowed, distance = _allowed(T, T, 0, 0, mask, variant)
+    at, segments = jnp.arange(T), mask.segments_BxT
+    allowed, distance = _allowed(at[:, None], at[None], mask.kind, variant, segments, segments, mask.prefix_BxT)
     scaled = (q_BxTxHxK * jnp.asarray(1.0 / math.sqrt(K), q_BxTxHxK.dtype)).reshape(B, T, G, H // G, K)
     scores = score(jnp.transpose(scaled, (0, 2, 3, 1, 4)), jnp.swapaxes(k_BxTxGxK, 1, 2))
     return _weigh(scores, allowed, distance, variant, 0).reshape(B, H, T, T)
 
 
 def _attend_block(q, k, v, q_start: int, k_start: int, mask: Mask, variant: Variant) -> Array:
-    allowed, distance = _allowed(q.shape[1], k.shape[1], q_start, k_start, mask, variant)
-    return _softmax_attend(q, k, v, allowed, distance, variant, q_start)
-
-
-def _allowed(T: int, S: int, q_start: int, k_start: int, mask: Mask, variant: Variant) -> tuple[Any, Any]:
-    """What T queries may see of S keys, and their distances (ALiBi): broadcastable to [B, T, S], or None."""
+    T, S = q.shape[1], k.shape[1]
     q_pos, k_pos = q_start + jnp.arange(T)[:, None], k_start + jnp.arange(S)[None, :]
-    allowed: Any = None
-    if mask.kind != "bidirectional" and (T > 1 or k_start + S > q_start + 1):
-        allowed = (k_pos <= q_pos)[None]
-        if mask.kind == "prefix":
-            allowed = allowed | mask.prefix_BxT[:, None, k_start : k_start + S]
+    kind = mask.kind
+    if kind != "bidirectional" and T == 1 and k_start + S <= q_start + 1:
+        kind = "bidirectional"  # one query after all of its keys: nothing to hide
+
+    def cut(x, start, length):
+        return None if x is None else x[:, start : start + length]
+
+    return attend_pairs(
+        q,
+        k,
+        v,
+        q_pos,
+        k_pos,
+        kind,
+        variant,
+        cut(mask.segments_BxT, q_start, T),
+        cut(mask.segments_BxT, k_start, S),
+        cut(mask.prefix_BxT, k_start, S),
+        None,
+        q_start,
+    )
+
+
+def attend_pairs(
+    q, k, v, q_pos, k_pos, kind: str, variant: Variant, q_segments, k_segments, k_prefix, inside, block_id
+) -> Array:
+    """Attention of some queries [B, T, H, K] to some keys and values [B, S, G, K].
+
+    Args:
+      q_pos, k_pos: [T, 1] and [1, S] positions. kind: of a Mask. q_segments, k_segments, k_prefix: [B, T or S] or None.
+      inside: [1, S], which keys there are; None is all. block_id: tells the draws of one block of queries from others.
+    """
+    allowed, distance = _allowed(q_pos, k_pos, kind, variant, q_segments, k_segments, k_prefix, inside)
+    return _softmax_attend(q, k, v, allowed, distance, variant, block_id)
+
+
+def _allowed(
+    q_pos, k_pos, kind: str, variant: Variant, q_segments, k_segments, k_prefix, inside=None
+) -> tuple[Any, Any]:
+    """What queries may see of keys, and their distances (ALiBi): broadcastable to [B, T, S], or None."""
+    allowed: Any = None if inside is None else inside[None]
+
+    def narrow(more):
+        return more if allowed is None else allowed & more
+
+    if kind != "bidirectional":
+        seen = (k_pos <= q_pos)[None]
+        allowed = narrow(seen | k_prefix[:, None] if kind == "prefix" else seen)
     if variant.window is not None:
-        near = (abs(q_pos - k_pos) < variant.window)[None]
-        allowed = near if allowed is None else allowed & near
-    if mask.segments_BxT is not None:
-        q_seg = mask.segments_BxT[:, q_start : q_start + T, None]
-        k_seg = mask.segments_BxT[:, None, k_start : k_start + S]
-        same = (q_seg == k_seg) & (k_seg > 0)
-        allowed = same if allowed is None else allowed & same
+        allowed = narrow((abs(q_pos - k_pos) < variant.window)[None])
+    if q_segments is not None:
+        q_seg, k_seg = q_segments[:, :, None], k_segments[:, None, :]
+        allowed = narrow((q_seg == k_seg) & (k_seg > 0))
     return allowed, abs(q_pos - k_pos)[None] if variant.alibi else None
 
 

@@ -13,7 +13,21 @@ FFNS = ("gelu_tanh", "gelu", "relu_tanh", "relu2", "swiglu")
 POSITIONS = ("learned", "rope", "alibi", "none")
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 LAYER_KINDS = ("dense", "band")
-ATTENTIONS = ("blocks", "dense")
+ATTENTIONS = ("auto", "blocks", "dense", "chunks", "splash", "cudnn")
+# What an implementation of attention does not support; those not named here support everything.
+LACKS = {
+    "splash": ("prefix masks", "alibi", "talking_heads", "dropout", "lengths that 128 does not divide"),
+    "cudnn": (
+        "prefix masks",
+        "documents kept apart",
+        "alibi",
+        "attention_softcap",
+        "talking_heads",
+        "dropout",
+        "a window that looks ahead",
+        "head sizes that 8 does not divide",
+    ),
+}
 REMATS = ("none", "full", "dots", "dots_no_batch", "offload_dots")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -57,8 +71,8 @@ class ModelConfig:
     vocab_multiple: int = option(128, "the embedding is stored padded to a multiple of this")
     dtype: str = option("float32", "of activations and products: " + " | ".join(DTYPES))
     param_dtype: str = option("float32", "of stored parameters")
-    attention: str = option("blocks", "blocks: by query blocks that skip what the mask hides | dense: the plain one")
-    query_block: int = option(128, "queries in a block")
+    attention: str = option("auto", " | ".join(ATTENTIONS) + " (gpt_jax/model/implementations.py)")
+    query_block: int = option(128, "queries in a block (blocks, chunks)")
     flatten: bool = option(True, "products over [B*T, D]; False keeps [B, T, D] (a sharded sequence axis)")
     unroll: int = option(0, "layers unrolled per iteration of the loop over layers; 0 unrolls all")
     remat: str = option("none", " | ".join(REMATS))
@@ -116,6 +130,15 @@ class ModelConfig:
             )
         if self.lora_rank:
             self._check_lora()
+        uses = {
+            "alibi": self.positions == "alibi",
+            "attention_softcap": self.attention_softcap,
+            "talking_heads": self.talking_heads,
+            "dropout": self.dropout,
+        }
+        for what in LACKS.get(self.attention, ()):
+            if uses.get(what):
+                raise UserError(f"attention is {self.attention!r}, which does not support {what}; choose another.")
 
     def _check_lora(self) -> None:
         try:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from gpt_jax.model.attention import Mask, Variant, attend, attend_cache, attention_weights
+from gpt_jax.model.attention import Mask, Variant, attend_cache, attention_weights
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
 from gpt_jax.model.derivatives import add_bias, gelu_tanh, multiply, normalize
+from gpt_jax.model.implementations import run_attention
 from gpt_jax.model.positions import rotate
 from gpt_jax.model.random import dropout, fold_name
 from gpt_jax.model.taps import Taps
@@ -155,8 +156,7 @@ class Attention(nn.Module):
             q, k = (rotate(x, positions, config.rope_base, config.rope) for x in (q, k))
         variant = self._variant(keys_B)
         if cache is None:
-            block = config.query_block if config.attention == "blocks" else None
-            out = attend(q, k, v, mask, variant, block=block)
+            out = run_attention(q, k, v, mask, variant, name=config.attention, block=config.query_block)
         else:
             cache = cache.write(layer, k, v)
             causal = mask.kind == "causal"

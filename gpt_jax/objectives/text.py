@@ -39,6 +39,4 @@ def token_losses(
     kwargs = dict(z_loss=z_loss, label_smoothing=label_smoothing, vocab_size=model.config.vocab_size)
     if not chunk:
         return cross_entropy(unembed(hidden_BxTxD), targets_BxT, **kwargs)
-    flat = hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1])
-    loss, nll = chunked_cross_entropy(unembed, flat, targets_BxT.reshape(-1), chunk=chunk, **kwargs)
-    return loss.reshape(targets_BxT.shape), nll.reshape(targets_BxT.shape)
+    return chunked_cross_entropy(unembed, hidden_BxTxD, targets_BxT, chunk=chunk, **kwargs)

@@ -1,0 +1,201 @@
+"""A config's train step compiled for a machine, and what the compiled program says: memory, FLOPs, communication.
+
+The step is the real one (`run.make_step`), from shapes: no parameter and no data is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+
+from gpt_jax.config import Config
+from gpt_jax.data.batches import resolve_batch_schedule
+from gpt_jax.errors import UserError
+from gpt_jax.flops import count_flops
+from gpt_jax.hlo import Collective, read_program
+from gpt_jax.objectives.base import Setting, build_objective
+from gpt_jax.presets import GPT2_VOCAB
+from gpt_jax.run import check_rows, fill_in, make_step, mesh_of
+from gpt_jax.sharding import path_name
+from gpt_jax.step import TrainStep
+from gpt_jax.throughput import model_flops_per_token
+from gpt_jax.topologies import Machine
+
+USABLE = 0.92  # of a chip's memory: the rest is the runtime's, and fragments
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A train step compiled for a machine. All bytes are those of one chip, all FLOPs those of all chips.
+
+    Attributes:
+      config: with everything filled in. mesh: axis -> devices. params: of all models, padding excluded.
+      state_bytes: arguments (state and batch). temporary_bytes: outputs - aliased + temporaries.
+      host_bytes: what remat offloads to the host. flops: of matrix products, recomputation included.
+      model_flops: 6 N + 12 L D T per token. memory_traffic: bytes to and from HBM in a step.
+      unknown_loops: loops whose length the program does not say, counted as `microbatches`.
+      program: whether the compiler made one; where the program does not fit it may refuse.
+    """
+
+    config: Config
+    mesh: dict[str, int]
+    params: int
+    state_bytes: int
+    temporary_bytes: int
+    host_bytes: int
+    flops: float
+    model_flops: float
+    collectives: tuple[Collective, ...]
+    memory_traffic: float
+    unknown_loops: int
+    compile_s: float
+    program: bool
+
+    @property
+    def hbm_bytes(self) -> int:
+        return self.state_bytes + self.temporary_bytes
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a (micro-)batch on one shard of it."""
+        return self.config.batch_size // (self.config.microbatches * self.mesh["data"] * self.mesh["fsdp"])
+
+
+def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
+    """Returns the config, filled in, and its train step on a machine, without data; raises UserError if it cannot be.
+
+    The vocabulary is `model.vocab_size`, or else what the tokenizer would have. For a GPU that is not here, attention
+    in chunks stands in for cuDNN's.
+    """
+    mesh = mesh_of(config, machine.devices)
+    check_rows(config, mesh)
+    schedule = resolve_batch_schedule(
+        config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
+    )
+    config = fill_in(config, vocabulary_of(config))
+    if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):
+        # cuDNN's kernels cannot be chosen without a GPU; these need about the memory that they do.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunks"))
+    specials = config.data.tokenizer.specials
+    setting = Setting(
+        model=config.model,
+        specials={name: config.model.vocab_size - len(specials) + i for i, name in enumerate(specials)},
+        steps=config.steps,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+    )
+    objective = build_objective(config.objective, setting)
+    spec = objective.batch_spec(config.batch_size, config.context_length)
+    if config.data.doc_mask and "tokens" in spec:
+        spec = spec | {name: spec["tokens"] for name in ("segment_ids", "positions")}
+    return config, make_step(config, objective, spec, mesh, schedule)
+
+
+def vocabulary_of(config: Config) -> int:
+    """Returns the size of a config's vocabulary without making its tokenizer; raises UserError where it cannot."""
+    tokenizer = config.data.tokenizer
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    if tokenizer.keep:
+        return tokenizer.keep + len(tokenizer.specials)
+    if tokenizer.kind == "gpt2":
+        return GPT2_VOCAB + len([name for name in tokenizer.specials if name != "eot"])
+    if tokenizer.kind in ("unigram", "bpe") and not tokenizer.path:
+        return tokenizer.vocab_size
+    if tokenizer.kind == "byte":
+        return 256 + len(tokenizer.specials)
+    raise UserError(
+        f"the vocabulary of a {tokenizer.kind!r} tokenizer is not known before it is made or read: "
+        "give it, e.g. --config.model.vocab_size=32000."
+    )
+
+
+def compile_step(config: Config, machine: Machine) -> Compiled:
+    """Compiles a config's train step for a machine; raises UserError for a config that cannot be."""
+    config, step = abstract_step(config, machine)
+    started = time.perf_counter()
+    traced = step.trace()
+    flops = count_flops(traced.jaxpr, trips=config.microbatches)
+    params = count_params(step, config)
+    common = dict(
+        config=config,
+        mesh=dict(step.mesh.shape),
+        params=params,
+        flops=flops,
+        model_flops=config.batch_size
+        * config.context_length
+        * model_flops_per_token(params, config.model.num_layers, config.model.d_model, config.context_length),
+    )
+    try:
+        with step.context():
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = used_bytes(str(error))
+        if used is None:
+            raise
+        state = shard_bytes(step)
+        return Compiled(
+            **common,
+            state_bytes=state,
+            temporary_bytes=max(used - state, 0),
+            host_bytes=0,
+            collectives=(),
+            memory_traffic=0.0,
+            unknown_loops=0,
+            compile_s=time.perf_counter() - started,
+            program=False,
+        )
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    program = read_program(compiled.as_text(), domains=domains(step.mesh, machine), trips=config.microbatches)
+    return Compiled(
+        **common,
+        state_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        collectives=program.collectives,
+        memory_traffic=program.memory_bytes,
+        unknown_loops=program.unknown_loops,
+        compile_s=seconds,
+        program=True,
+    )
+
+
+def count_params(step: TrainStep, config: Config) -> int:
+    """Returns the parameters of all models, rows that pad a vocabulary excluded."""
+    model, total = config.model, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(step.abstract.all_params):
+        shape = list(leaf.shape)
+        if path_name(path).rsplit("/", 1)[-1] in ("embedding", "head") and shape[0] == model.padded_vocab:
+            shape[0] = model.vocab_size
+        total += math.prod(shape)
+    return total
+
+
+def shard_bytes(step: TrainStep) -> int:
+    """Returns the bytes of state and batch on one device."""
+    leaves = (*jax.tree.leaves(step.abstract), *jax.tree.leaves(step.batch_spec))
+    placed = (*jax.tree.leaves(step.shardings), *jax.tree.leaves(step.batch_shardings))
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(leaves, placed, strict=True)
+    )
+
+
+def used_bytes(message: str) -> int | None:
+    """Reads out of a compiler's refusal how many bytes a program needs; None if it is about something else."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    if not found:
+        return None
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def domains(mesh: Any, machine: Machine) -> list[int]:
+    """Returns, for each device of the mesh in order, the number of the slice or host it belongs to."""
+    place = {id(device): i for i, device in enumerate(machine.devices)}
+    return [place[id(device)] // machine.group for device in mesh.devices.flat]

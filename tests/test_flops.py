@@ -1,0 +1,83 @@
+"""FLOPs of traced programs against closed forms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import tiny
+from jax import lax
+
+from gpt_jax.flops import count_flops
+from gpt_jax.model import Transformer
+from gpt_jax.model.config import count_parameters
+from gpt_jax.objectives.causal_lm import CausalLM
+from gpt_jax.optim import make_optimizer
+from gpt_jax.sharding import make_mesh
+from gpt_jax.step import build_train_step
+from gpt_jax.throughput import model_flops_per_token
+
+
+def flops(function, *shapes, trips=1):
+    return count_flops(jax.make_jaxpr(function)(*(jnp.zeros(s) for s in shapes)), trips)
+
+
+PRODUCT = 2 * 3 * 5 * 7
+
+
+def test_a_product_is_twice_its_multiplications():
+    assert flops(jnp.matmul, (3, 5), (5, 7)) == PRODUCT
+    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * PRODUCT
+    assert flops(lambda a, b: a + b, (3, 5), (3, 5)) == 0
+
+
+def test_loops_count_as_often_as_they_run_and_branches_by_the_larger():
+    def scanned(a, b):
+        return lax.scan(lambda c, _: (c + jnp.sum(a @ b), None), 0.0, None, length=6)[0]
+
+    def repeated(a, b):
+        return lax.while_loop(lambda c: c < 9.0, lambda c: c + jnp.sum(a @ b), 0.0)
+
+    def branched(a, b):
+        return lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: (a @ b) @ jnp.zeros((7, 7)))
+
+    assert flops(scanned, (3, 5), (5, 7)) == 6 * PRODUCT
+    assert flops(repeated, (3, 5), (5, 7), trips=4) == 4 * PRODUCT
+    assert flops(branched, (3, 5), (5, 7)) == PRODUCT + 2 * 3 * 7 * 7
+
+
+def test_every_device_of_a_shard_map_counts():
+    mesh = make_mesh(fsdp=8)
+    spec = jax.sharding.PartitionSpec("fsdp")
+    program = jax.shard_map(lambda a: a @ a.T, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert flops(program, (16, 5)) == 8 * 2 * 2 * 2 * 5
+
+
+def step_flops(**options):
+    model = tiny(num_layers=6, bias=False, norm="rmsnorm", attention="dense", **options)
+    objective = CausalLM(Transformer(model))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    step = build_train_step(objective, make_optimizer("adamw"), objective.batch_spec(4, 12), mesh=mesh)
+    return count_flops(step.trace().jaxpr), model
+
+
+def layers_forward(model, tokens=48, length=12):
+    """Products of all blocks, forward: two FLOPs a weight and token, and scores and values of all [T, T] pairs."""
+    weights = sum(inputs * outputs for inputs, outputs in model.products.values())
+    return model.num_layers * tokens * (2 * weights + 4 * length * model.d_model)
+
+
+@pytest.mark.parametrize("unroll", [1, 0])
+def test_a_train_step_has_three_times_the_products_of_its_forward_pass(unroll):
+    counted, model = step_flops(unroll=unroll)
+    forward = layers_forward(model) + 48 * 2 * model.padded_vocab * model.d_model
+    assert counted == pytest.approx(3 * forward, rel=0.02)  # norms' gradients sum by products on a CPU
+    padded = dataclasses.replace(model, vocab_size=model.padded_vocab, positions="none")
+    formula = 48 * model_flops_per_token(count_parameters(padded), model.num_layers, model.d_model, 12)
+    assert counted == pytest.approx(formula, rel=0.02)
+
+
+def test_remat_adds_the_forward_pass_of_the_layers_once():
+    plain, model = step_flops()
+    again = step_flops(remat="full")[0] - plain
+    assert again == pytest.approx(layers_forward(model), rel=0.02)

@@ -1,0 +1,170 @@
+"""Every mesh shape gives the loss and the gradient of one device: products of axes, accumulation, scan, remat."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative, text_batch, tiny
+
+from gpt_jax.errors import UserError
+from gpt_jax.model import Transformer
+from gpt_jax.objectives.causal_lm import CausalLM
+from gpt_jax.objectives.replaced_token import ReplacedToken
+from gpt_jax.optim import make_optimizer
+from gpt_jax.presets import GPT3
+from gpt_jax.sharding import check_sharded_enough, make_mesh, replicated_bytes
+from gpt_jax.step import build_train_step, gradients
+
+ROWS, LENGTH = 16, 12
+MESHES = {
+    "fsdp8": dict(fsdp=8),
+    "tensor4_data2": dict(tensor=4, data=2, fsdp=1),
+    "fsdp2_tensor2_sequence2": dict(fsdp=2, tensor=2, sequence=2),
+}
+
+
+def objective_of(name, mesh, **options):
+    model = Transformer(tiny(d_ff=32, flatten=mesh.get("sequence", 1) == 1, **options))
+    if name == "causal_lm":
+        return CausalLM(model, label_smoothing=0.1, z_loss=1e-3)
+    return ReplacedToken(model, mask_token=36, specials=(36,), fraction=0.5, generator={"num_heads": 4})
+
+
+@functools.cache
+def result(objective, mesh_name, microbatches, options):
+    """Loss and gradient of one batch, on the devices of a mesh; '' is one device, and nothing but the plain model."""
+    sizes = MESHES.get(mesh_name, {})
+    plugin = objective_of(objective, sizes, **dict(options))
+    devices = jax.devices()[: 8 if sizes else 1]
+    batch = text_batch(ROWS, LENGTH)
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    step = build_train_step(
+        plugin, make_optimizer("adamw"), spec, mesh=make_mesh(sizes, devices), microbatches=microbatches
+    )
+
+    @functools.partial(
+        jax.jit,
+        in_shardings=(step.shardings.params, step.shardings.frozen, step.batch_shardings),
+        out_shardings=(None, step.shardings.params),
+    )
+    def run(params, frozen, batch):
+        loss, _, grads = gradients(
+            plugin, params, frozen, batch, step=jnp.zeros((), jnp.int32), seed=0, microbatches=microbatches
+        )
+        return loss, grads
+
+    with step.context():
+        params = jax.tree.map(in_general_position, step.abstract.params)
+        params = jax.device_put(params, step.shardings.params)
+        loss, grads = run(params, step.abstract.frozen, step.put(batch))
+    return float(loss), jax.device_get(grads)
+
+
+def in_general_position(leaf):
+    draw = np.random.default_rng(leaf.shape[0] + 7 * leaf.ndim).normal(size=leaf.shape)
+    return (0.2 * draw + (leaf.ndim == 1)).astype(leaf.dtype)
+
+
+def check(objective, mesh, microbatches=1, **options):
+    loss, grads = result(objective, mesh, microbatches, tuple(options.items()))
+    plain_loss, plain_grads = result(objective, "", 1, (("attention", "dense"),))
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    assert relative(grads, plain_grads) < 1e-5
+    assert any(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_gives_the_loss_and_gradient_of_one_device(mesh):
+    check("causal_lm", mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_two_networks_on_a_mesh_give_those_of_one_device(mesh):
+    check("replaced_token", mesh)
+
+
+EXECUTIONS = {
+    "accumulated": dict(microbatches=2),
+    "unrolled": dict(unroll=0),
+    "remat": dict(remat="full"),
+    "remat_dots": dict(remat="dots_no_batch"),
+    "chunks": dict(attention="chunks", query_block=3),
+    "all_at_once": dict(microbatches=2, unroll=0, remat="full", attention="chunks", query_block=3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", EXECUTIONS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_execution_on_a_mesh_changes_neither_loss_nor_gradient(mesh, how):
+    check("causal_lm", mesh, **EXECUTIONS[how])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_two_networks_accumulated_and_recomputed_on_a_mesh_give_those_of_one_device(mesh):
+    check("replaced_token", mesh, microbatches=2, remat="full")
+
+
+def test_slices_are_laid_along_their_axis_and_all_else_stays_within_one():
+    devices = jax.devices()
+    mesh = make_mesh(dict(data=2, fsdp=2, tensor=2), devices, slices=2)
+    assert [{d.id // 4 for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    mesh = make_mesh(dict(data=1, fsdp=4, tensor=2), devices, slices=2, slice_axis="fsdp")
+    assert [{d.id // 4 for d in mesh.devices[0, i].flat} for i in range(4)] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match=r"mesh.data is 1, which the 2 slices do not divide.*mesh.slice_axis"):
+        make_mesh(dict(fsdp=8), devices, slices=2)
+    with pytest.raises(UserError, match="mesh.slices is 3, which does not divide the 8 devices"):
+        make_mesh(dict(data=2), devices, slices=3)
+    with pytest.raises(UserError, match=r"mesh.slice_axis is 'tensor'; allowed: data, fsdp"):
+        make_mesh(dict(data=2), devices, slices=2, slice_axis="tensor")
+
+
+def shardings_of(model, mesh, **options):
+    step = build_train_step(
+        CausalLM(Transformer(model)),
+        make_optimizer("adamw"),
+        CausalLM(Transformer(model)).batch_spec(8, 12),
+        mesh=mesh,
+        **options,
+    )
+    return step.abstract.params, step.shardings.params
+
+
+@pytest.mark.parametrize("name", GPT3)
+def test_fsdp_leaves_at_most_two_percent_of_gpt3_whole(name):
+    shapes, shardings = shardings_of(GPT3[name].config(), make_mesh(fsdp=4, tensor=2))
+    part, names = replicated_bytes(shapes, shardings)
+    assert 0 < part < 0.02
+    assert all("norm" in n or "bias" in n for n in names), names
+    check_sharded_enough(shapes, shardings)
+
+
+def test_parameters_that_fsdp_leaves_whole_are_named_the_largest_first():
+    shapes, shardings = shardings_of(tiny(), make_mesh(), rules=(("batch", ("data", "fsdp")), ("mlp", "fsdp")))
+    with pytest.raises(UserError, match=r"\d\d\.\d% of the parameters' bytes are whole .*: model/layers/.*qkv/kernel"):
+        check_sharded_enough(shapes, shardings)
+    assert replicated_bytes(*shardings_of(tiny(), make_mesh(devices=jax.devices()[:1])))[0] == 0
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "dots", "dots_no_batch"])
+def test_a_remat_policy_keeps_no_more_than_the_one_before_it(policy):
+    order = ["none", "dots", "dots_no_batch", "full"]
+
+    def temporaries(name):
+        model = tiny(num_layers=4, d_model=32, max_positions=64, remat=name, attention="dense")
+        objective = CausalLM(Transformer(model))
+        mesh = make_mesh(devices=jax.devices()[:1])
+        step = build_train_step(objective, make_optimizer("adamw"), objective.batch_spec(16, 64), mesh=mesh)
+        return step.lower().compile().memory_analysis().temp_size_in_bytes
+
+    if policy != "none":
+        assert temporaries(policy) <= temporaries(order[order.index(policy) - 1])
+
+
+def test_a_remat_policy_that_is_none_is_an_error_that_names_the_nearest():
+    with pytest.raises(UserError, match=r"remat is 'ful' \(did you mean 'full'\?\); allowed: none, full"):
+        tiny(remat="ful")

@@ -1,0 +1,155 @@
+"""The command `gpt-jax plan`, on simulated devices; for TPUs and GPUs where their compilers are installed."""
+
+import json
+
+import pytest
+from test_topologies import needs_cuda, needs_libtpu
+
+from gpt_jax.ahead import abstract_step, count_params, used_bytes, vocabulary_of
+from gpt_jax.cli import main
+from gpt_jax.config import load
+from gpt_jax.model.config import count_parameters
+from gpt_jax.plan import _guess, largest
+from gpt_jax.presets import GPT3
+from gpt_jax.topologies import simulated
+
+TINY = {
+    "batch_size": "8",
+    "context_length": "128",
+    "model.num_layers": "2",
+    "model.d_model": "32",
+    "model.num_heads": "2",
+    "model.vocab_size": "300",
+    "model.unroll": "1",
+    "optimizer.name": "adamw",
+}
+KEYS = (
+    *("chips", "params", "fits", "hbm_bytes_per_chip", "hbm_capacity_bytes", "flops_per_step"),
+    *("collective_bytes", "mfu_bound", "max_batch_per_chip", "compile_s"),
+)
+
+
+def plan(capsys, *arguments, **overrides):
+    keys = [f"--config.{key}={value}" for key, value in (TINY | overrides).items()]
+    code = main(["plan", "--config=quickstart", *arguments, *keys])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1]), out
+
+
+def test_a_plan_on_simulated_devices_says_what_closed_forms_say(capsys):
+    result, out = plan(capsys, "--devices", "8")
+    assert all(key in result for key in KEYS)
+    config = load("quickstart", TINY)
+    assert result["chips"] == 8 and result["params"] == count_parameters(config.model)
+    # fp32 weights and two moments, an eighth of each but of the norms; and a row of tokens, targets and weights
+    padded = result["params"] + (384 - 300) * 32
+    state = padded * 12 / 8 + 3 * 128 * 4
+    assert state <= result["state_bytes_per_chip"] <= 1.05 * state
+    assert result["hbm_bytes_per_chip"] == result["state_bytes_per_chip"] + result["temporary_bytes_per_chip"]
+    assert 0.9 < result["flops_over_model_flops"] < 1.3  # the padding of the vocabulary is a fifth here
+    # each weight is gathered at least once, seven eighths of it from others, and its gradient goes the same way
+    assert result["collective_bytes"] > 2 * 4 * result["params"] * 7 / 8
+    assert result["fits"] is True and result["mfu_bound"] is None and result["roofline_s"] == {}
+    assert "fits: " in out and "simulated: 8 chips, data 1 x fsdp 8" in out
+
+
+def test_json_alone_is_one_line(capsys):
+    _, out = plan(capsys, "--devices", "8", "--json")
+    assert len(out.splitlines()) == 1
+
+
+def test_all_configs_of_gpt3_have_their_parameters_without_a_tokenizer():
+    for name in ("gpt3_125m", "gpt3_13b"):
+        config, step = abstract_step(load(name), simulated(8))
+        assert count_params(step, config) == GPT3[name].parameters
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ({"data.tokenizer.kind": "gpt2"}, 50257 + 3),
+        ({"data.tokenizer.kind": "byte"}, 260),
+        ({"data.tokenizer.vocab_size": "777"}, 777),
+        ({"data.tokenizer.keep": "100"}, 104),
+        ({"model.vocab_size": "321"}, 321),
+    ],
+)
+def test_the_vocabulary_is_known_before_the_tokenizer(overrides, size):
+    assert vocabulary_of(load("quickstart", overrides)) == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--topology", "v5e:4"), "'v5e:4' is not v5e:SIZES"),
+        (("--topology", "b200:1x8"), "the kind of a topology is 'b200'"),
+        ((), "one of the arguments --topology --devices is required"),
+        (("--devices", "2", "--topology", "v5e:2x2"), "not allowed with"),
+        (("--devices", "3"), "batch_size is 16, which 3 devices"),
+        (("--devices", "8", "--config.data.tokenizer.kind=char"), "not known before it is made or read"),
+        (("--devices", "8", "--config.mesh.tensor=3"), "does not make up the 8 devices"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(capsys, arguments, said):
+    assert main(["plan", "--config=quickstart", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, 6, 7, 40, 1000])
+@pytest.mark.parametrize("start", [1, 6, 64])
+def test_the_search_finds_the_largest_batch_that_fits(limit, start):
+    asked = []
+    sizes = {}
+
+    def holds(n):
+        asked.append(n)
+        sizes[n] = 100 + 10 * n
+        return n <= limit
+
+    assert largest(holds, start, lambda: _guess(sizes, 100 + 10 * limit + 5)) == limit
+    assert len(set(asked)) <= 12 and min(asked) >= 1
+
+
+def test_the_search_needs_no_guess():
+    assert largest(lambda n: n <= 37, 4, lambda: None) == 37
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_with_what_would(capsys, monkeypatch):
+    before, _ = plan(capsys, "--devices", "1", **{"model.num_layers": "8", "batch_size": "32"})
+    room = int(before["hbm_bytes_per_chip"] * 0.8 / 0.92)
+    monkeypatch.setattr("gpt_jax.plan.capacity", lambda machine: room)
+    result, out = plan(capsys, "--devices", "1", "--max-batch", **{"model.num_layers": "8", "batch_size": "32"})
+    assert result["fits"] is False and "does NOT fit" in out
+    assert any("--config.microbatches=" in line for line in result["advice"])
+    assert any("--config.batch_size=16" in line for line in result["advice"])
+    assert 16 <= result["max_batch_per_chip"] < 32
+
+
+def test_a_compilers_refusal_says_how_much_it_wanted():
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+    assert used_bytes(text) == int(20.5 * 2**30)
+    assert used_bytes("INTERNAL: something else") is None
+
+
+ON_CHIPS = {"model.dtype": "bfloat16", "context_length": "256", "batch_size": "16", "model.remat": "full"}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+def test_a_train_step_compiles_for_a_tpu(capsys, topology):
+    result, _ = plan(capsys, "--topology", topology, **ON_CHIPS, **{"mesh.tensor": "2"})
+    assert result["chips"] == 8 and result["fits"] is True and 0 < result["mfu_bound"] < 1
+    assert result["collective_bytes"] > 0 and result["unknown_loops"] == 0
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_a_train_step_compiles_for_gpus(capsys):
+    result, out = plan(capsys, "--topology", "h100:2x4", **ON_CHIPS, **{"mesh.tensor": "4"})
+    assert result["chips"] == 8 and result["fits"] is True and 0 < result["mfu_bound"] < 1
+    assert result["roofline_s"]["network"] > 0  # two hosts
+    assert "attention chunks" in out
