@@ -174,6 +174,16 @@ def test_the_embedded_pairs_are_spoilt_docstrings():
     assert task.examples("train") == train_
 
 
+def test_pairs_of_ones_own_are_a_table(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("q\tgood\tbad\n1 + 1?\t2\t3\nsame?\tyes\tyes\n")
+    columns = {"prompt": "Q: {q}", "chosen": "{good}", "rejected": "{bad}"}
+    spec = {"name": "preferences", "train": str(path), "hold_out": 0, **columns}
+    assert load_task(spec, malformed="skip").examples("train") == [Preference("Q: 1 + 1?", "2", "3", where=f"{path}:2")]
+    with pytest.raises(UserError, match="pairs.tsv:3: the chosen and the rejected answer are the same"):
+        load_task(spec).examples("train")
+
+
 def test_mistakes_are_named(tmp_path, capsys):
     with pytest.raises(UserError, match="beta is 0"):
         DPO(Table(), beta=0)
