@@ -18,6 +18,7 @@ from gpt_jax.ahead import USABLE, Compiled, compile_step
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import totals
+from gpt_jax.sharding import MOST_REPLICATED
 from gpt_jax.topologies import CHIPS, GIB, Machine, describe, simulated
 
 _MOST_TRIALS = 12  # compilations in a search
@@ -115,6 +116,7 @@ def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         "state_bytes_per_chip": compiled.state_bytes,
         "temporary_bytes_per_chip": compiled.temporary_bytes,
         "host_bytes_per_chip": compiled.host_bytes,
+        "replicated_part": compiled.replicated[0],
         "flops_per_step": compiled.flops,
         "model_flops_per_step": compiled.model_flops,
         "flops_over_model_flops": compiled.flops / compiled.model_flops,
@@ -152,6 +154,10 @@ def table(compiled: Compiled, machine: Machine) -> str:
         ),
         _line("", f"{verdict}: {_gib(abs(spare))} {'to spare of' if spare >= 0 else 'more than'} the {USABLE:.0%}"),
     ]
+    part, names = c.replicated
+    if part > MOST_REPLICATED:
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        lines.append(_line("", f"{part:.1%} of the parameters' bytes are whole on every fsdp shard: {shown}"))
     if c.host_bytes:
         lines.append(_line("memory of its host", _gib(c.host_bytes)))
     lines.append(
