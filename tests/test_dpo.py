@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from bandit import ARMS, EOT, REWARDS, Table, params_of, policy_of, tilted, total_variation
-from helpers import tiny
+from helpers import apply_of, tiny
 from training import train
 
 from gpt_jax.cli import main
@@ -71,10 +71,11 @@ def test_the_loss_is_that_of_the_answers_log_probabilities_one_token_after_anoth
     model = Transformer(CONFIG)
 
     def log_p(root, prompt, answer):
-        ids = np.array([[TOKENIZER.eot, *prompt.encode(), *answer.encode(), TOKENIZER.eot]], np.int32)
-        logits = np.asarray(model.apply({"params": params[root]}, ids[:, :-1]).logits[0], np.float64)
+        ids = [TOKENIZER.eot, *prompt.encode(), *answer.encode(), TOKENIZER.eot]
+        padded = np.array([ids[:-1] + [0] * (16 - len(ids))], np.int32)  # what comes after is not seen
+        logits = np.asarray(apply_of(CONFIG)(params[root], padded).logits[0], np.float64)
         table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        return sum(table[t, ids[0, t + 1]] for t in range(len(prompt), ids.shape[1] - 1))
+        return sum(table[t, ids[t + 1]] for t in range(len(prompt), len(ids) - 1))
 
     margins = []
     for prompt, chosen, rejected in PAIRS:
