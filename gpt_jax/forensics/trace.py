@@ -234,6 +234,8 @@ def locate(name: str, repetition: int | None, period: int = 1) -> tuple[str, int
 
 
 def _operation(primitive: str, module: str, value: Any) -> str:
+    if primitive == "shard_map":
+        return "what each device does by itself (shard_map)"
     if module == "attention" and primitive == "dot_general" and value.ndim == 5 and value.shape[-1] != 1:
         return "attention scores or outputs (dot_general)"
     return primitive
