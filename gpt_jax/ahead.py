@@ -21,7 +21,7 @@ from gpt_jax.hlo import Collective, read_program
 from gpt_jax.objectives.base import Setting, build_objective
 from gpt_jax.presets import GPT2_VOCAB
 from gpt_jax.run import check_rows, fill_in, make_step, mesh_of
-from gpt_jax.sharding import path_name
+from gpt_jax.sharding import path_name, replicated_bytes
 from gpt_jax.step import TrainStep
 from gpt_jax.throughput import model_flops_per_token
 from gpt_jax.topologies import Machine
@@ -39,6 +39,7 @@ class Compiled:
       host_bytes: what remat offloads to the host. flops: of matrix products, recomputation included.
       model_flops: 6 N + 12 L D T per token. memory_traffic: bytes to and from HBM in a step.
       unknown_loops: loops whose length the program does not say, counted as `microbatches`.
+      replicated: part of the parameters' bytes that every fsdp shard holds whole, and which those are.
       program: whether the compiler made one; where the program does not fit it may refuse.
     """
 
@@ -53,6 +54,7 @@ class Compiled:
     collectives: tuple[Collective, ...]
     memory_traffic: float
     unknown_loops: int
+    replicated: tuple[float, list[str]]
     compile_s: float
     program: bool
 
@@ -127,6 +129,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         mesh=dict(step.mesh.shape),
         params=params,
         flops=flops,
+        replicated=replicated_bytes(step.abstract.all_params, step.param_shardings),
         model_flops=config.batch_size
         * config.context_length
         * model_flops_per_token(params, config.model.num_layers, config.model.d_model, config.context_length),

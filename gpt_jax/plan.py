@@ -13,11 +13,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from gpt_jax import cluster
 from gpt_jax import config as configs
 from gpt_jax.ahead import USABLE, Compiled, compile_step
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import totals
+from gpt_jax.sharding import MOST_REPLICATED
 from gpt_jax.topologies import CHIPS, GIB, Machine, describe, simulated
 
 _MOST_TRIALS = 12  # compilations in a search
@@ -35,6 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(h100:128x8); chips: {', '.join(CHIPS)}",
     )
     where.add_argument("--devices", type=int, default=0, metavar="N", help="simulated devices of this CPU instead")
+    where.add_argument(
+        "--here",
+        action="store_true",
+        help="pre-flight instead, on every host: devices, versions, config and data, memory, speeds, folders",
+    )
+    parser.add_argument("--workdir", default="", help="--here: the run's directory, to write to and read from")
+    parser.add_argument("--seconds", type=float, default=60.0, help="--here: the time there is")
+    cluster.add_arguments(parser)
     parser.add_argument("--max-batch", action="store_true", help="search the largest batch that fits")
     parser.add_argument("--no-advice", action="store_true", help="do not search what would fit when this does not")
     parser.add_argument("--json", action="store_true", help="print one JSON line, nothing else")
@@ -43,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
     config = configs.load(args.config, overrides)
+    if args.here:
+        from gpt_jax.preflight import run_preflight
+
+        environ = cluster.environment_of(args)
+        return run_preflight(config, workdir=args.workdir, seconds=args.seconds, environ=environ)
     machine = machine_of(args.topology, args.devices, config)
     say = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     compiled = compile_step(config, machine)
@@ -115,6 +130,7 @@ def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         "state_bytes_per_chip": compiled.state_bytes,
         "temporary_bytes_per_chip": compiled.temporary_bytes,
         "host_bytes_per_chip": compiled.host_bytes,
+        "replicated_part": compiled.replicated[0],
         "flops_per_step": compiled.flops,
         "model_flops_per_step": compiled.model_flops,
         "flops_over_model_flops": compiled.flops / compiled.model_flops,
@@ -152,6 +168,10 @@ def table(compiled: Compiled, machine: Machine) -> str:
         ),
         _line("", f"{verdict}: {_gib(abs(spare))} {'to spare of' if spare >= 0 else 'more than'} the {USABLE:.0%}"),
     ]
+    part, names = c.replicated
+    if part > MOST_REPLICATED:
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        lines.append(_line("", f"{part:.1%} of the parameters' bytes are whole on every fsdp shard: {shown}"))
     if c.host_bytes:
         lines.append(_line("memory of its host", _gib(c.host_bytes)))
     lines.append(

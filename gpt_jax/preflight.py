@@ -8,7 +8,6 @@ is odd. Under a minute: what does not fit into the time is left out and said so.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any
 from gpt_jax import distributed
 from gpt_jax.device_checks import Check, check_collectives, check_matmul, check_memory
 from gpt_jax.errors import UserError
+from gpt_jax.sharding import AXES
 
 _MIB = 1 << 20
 
@@ -48,7 +48,7 @@ def run_preflight(
       0 if all is well, 1 if anything is wrong: each is a line. The last line that process 0 logs is JSON.
 
     Raises:
-      Unavailable: processes are missing. UserError: code, versions or config differ between processes; a bad mesh.
+      Unavailable: processes are missing. UserError: code, versions or config differ between processes.
     """
     from gpt_jax import config as configs
     from gpt_jax.compiler_flags import apply_flags
@@ -63,25 +63,28 @@ def run_preflight(
         facts={"the config": distributed.fingerprint(configs.to_dict(config)), "--workdir": workdir},
     )
     say = distributed.said_once(log)
-    needed = needed_bytes or state_bytes(config)
-    steps: list[Callable[[], list[Check]]] = [
-        lambda: [check_processes()],
-        lambda: check_devices(config.distributed.devices, config.distributed.device_kind),
-        lambda: [check_data(config.data)],
-        lambda: [check_memory(needed)],
-        lambda: [check_folder("workdir", workdir, shared=True)] if workdir else [],
-        lambda: [check_folder("cache", str(cache_root()), shared=False)],
-        lambda: [check_matmul()],
-        lambda: check_collectives(mesh_sizes(config)),
-    ]
+    steps: dict[str, Callable[[], list[Check]]] = {
+        "processes": lambda: [check_processes()],
+        "devices": lambda: check_devices(config.distributed.devices, config.distributed.device_kind),
+        "data": lambda: [check_data(config.data)],
+        "memory": lambda: [check_memory(needed_bytes or state_bytes(config))],
+        "workdir": lambda: [check_folder("workdir", workdir, shared=True)] if workdir else [],
+        "cache": lambda: [check_folder("cache", str(cache_root()), shared=False)],
+        "matmul": lambda: [check_matmul()],
+        "collectives": lambda: check_collectives(mesh_sizes(config)),
+    }
     checks: list[Check] = []
-    for step in steps:
+    for name, step in steps.items():
         late = time.monotonic() - began > 0.8 * seconds
         if distributed.decide(late):
             checks.append(Check("time", None, f"the rest was left out after {time.monotonic() - began:.0f} s"))
             say(str(checks[-1]))
             break
-        for check in step():
+        try:
+            found = step()
+        except UserError as error:  # of the config, so the same on every process: a mesh that the devices do not make
+            found = [Check(name, False, str(error))]
+        for check in found:
             checks.append(check)
             say(str(check))
     wrong = [check.name for check in checks if check.ok is False]
@@ -96,7 +99,8 @@ def run_preflight(
 
 
 def mesh_sizes(config: Any) -> dict[str, int]:
-    return {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "rules"}
+    """The mesh of a config, its axes alone."""
+    return {axis: getattr(config.mesh, axis) for axis in AXES}
 
 
 def state_bytes(config: Any) -> int:

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gpt_jax.errors import UserError, choose
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+MOST_REPLICATED = 0.02  # of the parameters' bytes under FSDP: more is a rule that is missing
 
 Rules = Sequence[tuple[str, Any]]
 
@@ -258,7 +259,7 @@ def replicated_bytes(shapes: Any, shardings: Any) -> tuple[float, list[str]]:
     return sum(size for size, _ in found) / max(total, 1), [f"{name} ({size / 1e6:.3g} MB)" for size, name in found]
 
 
-def check_sharded_enough(shapes: Any, shardings: Any, at_most: float = 0.02) -> None:
+def check_sharded_enough(shapes: Any, shardings: Any, at_most: float = MOST_REPLICATED) -> None:
     """Raises UserError naming the parameters that FSDP leaves whole if they are more than `at_most` of the bytes."""
     part, names = replicated_bytes(shapes, shardings)
     if part > at_most:

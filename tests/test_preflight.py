@@ -12,7 +12,6 @@ import pytest
 from gpt_jax import device_checks, preflight
 from gpt_jax.config import resolve
 from gpt_jax.device_checks import check_matmul, check_memory, measure_collective
-from gpt_jax.errors import UserError
 from gpt_jax.preflight import check_data, check_devices, odd_ones, run_preflight
 from gpt_jax.sharding import make_mesh
 
@@ -117,9 +116,10 @@ def test_state_needs_what_its_parameters_do():
     assert preflight.state_bytes(resolve({})) == 0
 
 
-def test_a_mesh_that_cannot_be_is_a_mistake(tmp_path):
-    with pytest.raises(UserError, match="does not make up the 8 devices"):
-        run_preflight(resolve({"mesh": {"tensor": 3, "fsdp": 1}}), environ={}, log=lambda line: None)
+def test_a_mesh_that_cannot_be_is_named(tmp_path):
+    code, lines, result = flight(tmp_path, mesh={"tensor": 3, "fsdp": 1})
+    assert code == 1 and result["wrong"] == ["collectives"]
+    assert any("WRONG  collectives" in line and "does not make up the 8 devices" in line for line in lines)
 
 
 # ---- four processes

@@ -156,7 +156,8 @@ class Attention(nn.Module):
             q, k = (rotate(x, positions, config.rope_base, config.rope) for x in (q, k))
         variant = self._variant(keys_B)
         if cache is None:
-            out = run_attention(q, k, v, mask, variant, name=config.attention, block=config.query_block)
+            name = "blocks" if self.is_initializing() else config.attention  # parameters do not depend on it
+            out = run_attention(q, k, v, mask, variant, name=name, block=config.query_block)
         else:
             cache = cache.write(layer, k, v)
             causal = mask.kind == "causal"
