@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DOCS = ("objective", "data", "resume", "tasks", "finetune", "convert", "context", "evaluate")
+DOCS = ("objective", "data", "resume", "tasks", "finetune", "convert", "context", "evaluate", "PODS")
 PAGES = ["README.md", *(f"docs/{page}.md" for page in DOCS)]
 TINY = [
     *("--config.model.num_layers=1", "--config.model.d_model=32", "--config.model.num_heads=2"),
