@@ -159,7 +159,7 @@ def test_what_crosses_slices_is_told_apart(capsys):
 @needs_cuda
 @pytest.mark.slow
 def test_a_train_step_compiles_for_gpus(capsys):
-    result, out = plan(capsys, "--topology", "h100:2x4", **ON_CHIPS, **{"mesh.tensor": "4"})
+    result, out = plan(capsys, "--topology", "h100:2x4", **ON_CHIPS, **{"mesh.tensor": "4", "model.num_heads": "4"})
     assert result["chips"] == 8 and result["fits"] is True and 0 < result["mfu_bound"] < 1
     assert result["roofline_s"]["network"] > 0  # two hosts
     assert "attention chunks" in out
