@@ -31,6 +31,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.files import clean_leftovers, fsync_folder, is_no_space, no_space_message, remove_folder
+from gpt_jax.remote import refuse_url
 
 _STATE = "state"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -79,6 +80,7 @@ class Checkpointer:
     def __init__(
         self, directory: str | os.PathLike, keep_last: int = 2, keep_best: int = 1, keep_every_steps: int = 0
     ) -> None:
+        refuse_url(directory, "the folder of checkpoints", "mount the bucket and give the folder")
         self.directory = pathlib.Path(directory).absolute()
         self._keep = functools.partial(
             steps_to_keep, keep_last=keep_last, keep_best=keep_best, keep_every_steps=keep_every_steps
@@ -225,6 +227,7 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> tuple[p
     Raises:
       UserError: there is none there, or not this one (the ones there are named).
     """
+    refuse_url(path, "the checkpoint's path", "mount the bucket, or copy the run's folder to a disk")
     given = pathlib.Path(path).absolute()
     if given.name.isdigit() and given.is_dir() and not list_steps(given) and not (given / "checkpoints").is_dir():
         if step is not None and step != int(given.name):

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from gpt_jax import cluster
+from gpt_jax.distributed import fingerprint, initialize, is_first, leave, leave_if_several
 from gpt_jax.errors import UserError, nearest
 
 COMMANDS = {
@@ -23,9 +25,14 @@ COMMANDS = {
     "train": "pre-train, fine-tune: whatever objective the config names",
     "eval": "loss and bits per byte of the validation split; zero- and few-shot benchmarks; quality of generated text",
     "sample": "generate text from a run",
+    "augment": "generate training examples or text, filtered, with provenance",
     "plan": "compile a config's train step for a machine that is not here: memory, communication, speed at best",
     "context": "what a run makes of its context, and of more than that: figures and numbers",
     "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
+    "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
+    "inspect": "look into a checkpoint: attention, logit lens, heads, patching, attribution",
+    "rerun": "repeat the first steps of a run: is every number the same?",
+    "replay": "repeat one step of a run: its rows, norms, and what first was not finite",
 }
 
 # Commands with a file of their own, which has `add_arguments(parser)` and `main(args, overrides) -> exit code`.
@@ -34,6 +41,11 @@ _MODULES = {
     "convert": "gpt_jax.convert",
     "eval": "gpt_jax.eval_command",
     "sample": "gpt_jax.sample",
+    "ablate": "gpt_jax.ablate",
+    "inspect": "gpt_jax.inspect.command",
+    "rerun": "gpt_jax.forensics.rerun",
+    "replay": "gpt_jax.forensics.replay",
+    "augment": "gpt_jax.augment.command",
     "plan": "gpt_jax.plan",
 }
 
@@ -69,6 +81,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--print-config", action="store_true", help="show every resolved key with its meaning, and stop"
         )
+    if command == "train":
+        cluster.add_arguments(parser)
     if command in _MODULES:
         importlib.import_module(_MODULES[command]).add_arguments(parser)
     return parser
@@ -98,9 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(argv)
     except UserError as error:
         print(f"gpt-jax: {error}", file=sys.stderr)
+        return leave(error.exit_code)
     except KeyboardInterrupt:
         print("gpt-jax: interrupted.", file=sys.stderr)
-        return 130
+        return leave(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -108,9 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gpt_jax.files import is_no_space
 
         if not is_no_space(error):
+            leave_if_several(error)
             raise
         print(f"gpt-jax: no space left on the device: {error}.", file=sys.stderr)
-    return 1
+    return leave(1)
 
 
 def _main(argv: list[str]) -> int:
@@ -188,10 +204,26 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from gpt_jax.profiling import parse_steps
     from gpt_jax.train import train
 
+    join_job(args, config)
     summary = train(config, args.workdir, accept_changes=args.accept_changes, profile=parse_steps(args.profile))
     code = summary.pop("exit_code")
-    _print_json(summary)
+    if is_first():
+        _print_json(summary)
     return code
+
+
+def join_job(args: argparse.Namespace, config: Any) -> None:
+    """Joins the other processes of a job, if there are any: all must have the same config. No device before this."""
+    from gpt_jax import config as configs
+    from gpt_jax.compiler_flags import apply_flags
+
+    apply_flags(config.compiler.flags, config.compiler.extra)
+    initialize(
+        cluster.environment_of(args),
+        heartbeat_seconds=config.distributed.heartbeat_seconds,
+        join_seconds=config.distributed.join_seconds,
+        facts={"the config": fingerprint(configs.to_dict(config)), "--workdir": args.workdir},
+    )
 
 
 def _print_json(result: dict[str, Any]) -> int:

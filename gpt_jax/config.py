@@ -107,9 +107,26 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    devices: int = option(0, "devices that the job must find, on all hosts together; 0: whatever is there")
+    device_kind: str = option("", "and a part of their kind's name, e.g. 'v5p' or 'H100'; empty: any")
+    join_seconds: float = option(300.0, "how long processes wait for each other at the start")
+    heartbeat_seconds: float = option(60.0, "a process that was silent for so long is lost, and the others end")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerConfig:
+    flags: str = option("default", "flags for the backend at hand: default (gpt_jax/compiler_flags.py) | none")
+    extra: tuple[str, ...] = option((), "further flags, ('--name=value', ...); the environment's own come first")
+
+
+@dataclasses.dataclass(frozen=True)
 class InitConfig:
     source: str = option("", "`init.from`: a run's workdir or checkpoint whose weights to start from, by name")
     model: bool = option(True, "take the shape of the model (model.*) from that run too; False keeps this config's")
+    rename: tuple[tuple[str, str], ...] = option(
+        (), "(regex, replacement) pairs over that run's parameter names, e.g. (('^model/', 'reference/'),)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +155,9 @@ class LogConfig:
     every_steps: int = option(1, "a training row in metrics.jsonl every so many steps")
     console_every_steps: int = option(10, "a line on the console every so many steps")
     tensorboard: bool = option(True, "write TensorBoard events")
+    copy_to: str = option("", "gs:// or s3:// URL that logs and report are copied to at each save; empty is off")
     wandb: str = option("", "a Weights & Biases project (extra `wandb`); empty is off")
+    spike_z: float = option(6.0, "keep the batch, norms and row losses of a step whose z-score is above; 0 is off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +187,8 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    compiler: CompilerConfig = dataclasses.field(default_factory=CompilerConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -193,6 +214,9 @@ class Config:
             ("checkpoint", "keep_every_steps", 0),
             ("data", "prefetch", 1),
             ("data", "workers", 0),
+            ("distributed", "devices", 0),
+            ("distributed", "join_seconds", 1),
+            ("distributed", "heartbeat_seconds", 1),
         ):
             value = getattr(getattr(self, group), name)
             if value < least:
@@ -296,15 +320,16 @@ def find_config(name_or_path: str) -> pathlib.Path:
     )
 
 
-def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
+def call_config_file(path: pathlib.Path, function: str) -> Any:
+    """Runs a config file and returns what its function `function` returns; its mistakes become a UserError."""
     spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        tree = module.get_config()
+        return getattr(module, function)()
     except AttributeError as error:
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{path} does not define get_config().") from None
+        if not hasattr(module, function):
+            raise UserError(f"{path} does not define {function}().") from None
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     except KeyError as error:
         raise UserError(f"{path}: {' '.join(str(error.args[0] if error.args else error).split())}") from None
@@ -314,6 +339,10 @@ def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def _run_config_file(path: pathlib.Path) -> dict[str, Any]:
+    tree = call_config_file(path, "get_config")
     if isinstance(tree, ml_collections.ConfigDict):
         return tree.to_dict()
     if not isinstance(tree, Mapping):

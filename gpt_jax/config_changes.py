@@ -15,6 +15,8 @@ FREE, NUMERICS, IMPOSSIBLE = "free", "numerics", "impossible"
 _TABLE: tuple[tuple[str, str, str], ...] = (
     ("name", FREE, ""),
     ("mesh.*", FREE, "same batches, losses equal up to rounding"),
+    ("distributed.*", FREE, ""),
+    ("compiler.*", FREE, "same numbers up to rounding"),
     ("microbatches", FREE, "same gradient up to rounding"),
     ("log.*", FREE, ""),
     ("eval.every_steps", FREE, ""),

@@ -12,6 +12,14 @@ class UserError(Exception):
     The message is one sentence: what was wrong, the value, what is allowed.
     """
 
+    exit_code = 1
+
+
+class Unavailable(UserError):
+    """Something that may well be there the next time (a host that is still starting): exits with 75, 'run me again'."""
+
+    exit_code = 75
+
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Returns ' (did you mean X?)' for the closest allowed name, or '' if none is close."""

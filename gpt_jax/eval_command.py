@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gpt_jax import cluster
+from gpt_jax.distributed import is_first
 from gpt_jax.errors import UserError
 
 
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include-path", default="", help="folder of the harness's task files; its own then are not read"
     )
     tasks.add_argument("--seed", type=int, default=0, help="of the demonstrations and of generated text")
+    cluster.add_arguments(parser)
     quality = parser.add_argument_group("quality of generated text, beside human text")
     quality.add_argument("--generation", action="store_true", help="measure the texts of each decoding method")
     quality.add_argument("--methods", default="", help="comma-separated; default: all (docs/evaluate.md)")
@@ -51,21 +54,26 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         values = _tasks(args, overrides)
     else:
         values = _losses(args, overrides)
-    print(json.dumps({"workdir": args.workdir, **values}))
+    if is_first():
+        print(json.dumps({"workdir": args.workdir, **values}))
     return 0
 
 
 def _losses(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
+    from gpt_jax import config as configs
+    from gpt_jax.cli import join_job
     from gpt_jax.evaluate import evaluate_all
-    from gpt_jax.run import restore_run
+    from gpt_jax.run import restore_run, saved_config
 
     for name, default in (("shots", 0), ("limit", 0), ("normalise", "")):
         if getattr(args, name) != default:
             raise UserError(f"--{name} is {getattr(args, name)!r}, but no --tasks are named.")
+    join_job(args, configs.resolve(saved_config(args.workdir), overrides))
     run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
     values = evaluate_all(run, params, max_batches=args.max_batches, step=step, limit=args.max_generated)
-    for name, value in values.items():
-        print(f"{name.ljust(32)} {value:.6g}")
+    if is_first():
+        for name, value in values.items():
+            print(f"{name.ljust(32)} {value:.6g}")
     return {"step": step, **values}
 
 

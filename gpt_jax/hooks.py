@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 
+from gpt_jax import distributed
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.console import Console, console_line
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import MetricsWriter
 from gpt_jax.throughput import Clock
 from gpt_jax.workdir import Workdir
+
+_ASK_EVERY = 4  # steps between two questions to process 0
 
 
 def due(step: int, every: int) -> bool:
@@ -33,10 +36,12 @@ class Log:
     console_every: int
     max_skipped: int
 
-    def __call__(self, step: int, metrics: Mapping[str, Any], tokens: int, stall: float) -> None:
-        """Logs step `step`; `metrics` are fetched here, after the next step has been dispatched."""
+    def __call__(
+        self, step: int, metrics: Mapping[str, Any], tokens: int, stall: float, more: Mapping[str, float] | None = None
+    ) -> None:
+        """Logs step `step`; `metrics` are fetched here, after the next step has been dispatched; `more` is 'perf/*'."""
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        perf = self.clock.tick(step, tokens, stall)
+        perf = self.clock.tick(step, tokens, stall) | dict(more or {})
         skipped_in_a_row = values.pop("skipped_in_a_row", 0.0)
         if due(step, self.every) or step == self.steps:
             self.writer.add(step, {f"train/{name}": value for name, value in values.items()} | perf)
@@ -109,15 +114,19 @@ class Save:
     metadata: Mapping[str, Any]
     every_steps: int
     every_minutes: float
+    copy_logs: Callable[[], None] = lambda: None
     last: float = dataclasses.field(default_factory=time.monotonic)
 
     def is_due(self, step: int) -> bool:
         self.checkpointer.check()
-        minutes = self.every_minutes and time.monotonic() - self.last >= 60 * self.every_minutes
-        return due(step, self.every_steps) or bool(minutes)
+        minutes = bool(self.every_minutes) and time.monotonic() - self.last >= 60 * self.every_minutes
+        if self.every_minutes and distributed.several():  # clocks differ, so process 0 says for all, now and then
+            minutes = step % _ASK_EVERY == 0 and distributed.decide(minutes)
+        return due(step, self.every_steps) or minutes
 
     def __call__(self, step: int, state: Any) -> None:
         self.writer.flush()
+        self.copy_logs()
         self.checkpointer.save(
             step, strip(state), metadata=self.metadata, valid_losses=self.writer.column("valid/loss")
         )

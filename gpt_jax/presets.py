@@ -82,7 +82,6 @@ GPT2: dict[str, Preset] = {
 }
 
 
-
 def _llama2(layers: int, width: int, heads: int, kv_heads: int, d_ff: int, lr: float, count: int) -> Preset:
     model = dict(
         vocab_size=32_000,

@@ -19,6 +19,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
 from gpt_jax.metrics import best, read_rows
 from gpt_jax.model.config import count_parameters
+from gpt_jax.report_page import report_page
 from gpt_jax.workdir import Workdir
 
 _BASELINE_NAMES = {"xz": "xz -9", "unigram": "unigram model", "uniform": "uniform over bytes"}
@@ -29,7 +30,7 @@ def write_report(
     evaluation: Mapping[str, float] | None = None,
     baselines: Mapping[str, float] | None = None,
 ) -> pathlib.Path:
-    """Writes report.md and loss.png into a run directory, from what lies there.
+    """Writes report.md with loss.png and the self-contained report.html into a run directory, from what lies there.
 
     Args:
       workdir: the run directory; it needs config.json and metrics.jsonl.
@@ -52,6 +53,7 @@ def write_report(
     baselines = run.read_json("baselines.json") if baselines is None else baselines
     environment = run.read_json("environment.json") or {}
     tokens = config.batch_size * config.context_length
+    restarts = {0, *(e["step"] for e in run.history() if e["event"] == "resume")}
     sections = [
         f"# {config.name or run.path.name}",
         _summary(config, rows),
@@ -60,7 +62,7 @@ def write_report(
         "## Final evaluation",
         evaluation_table(evaluation or {}, baselines or {}) or "Not evaluated.",
         "## Training",
-        _training(config, rows, tokens, {0, *(e["step"] for e in run.history() if e["event"] == "resume")}),
+        _table(_training_values(config, rows, tokens, restarts)),
         "## Samples",
         _samples(run),
         "## Data",
@@ -83,9 +85,27 @@ def write_report(
         "## Config",
         f"```json\n{json.dumps(tree, indent=2)}\n```",
     ]
-    atomic_write(run.path / "loss.png", plot_loss(rows, tokens_per_step=tokens))
+    loss = plot_loss(rows, tokens_per_step=tokens)
+    atomic_write(run.path / "loss.png", loss)
     atomic_write(run.report_path, "\n\n".join(s for s in sections if s) + "\n")
+    page = report_page(
+        run,
+        config,
+        rows,
+        summary=_summary(config, rows),
+        loss_png=loss,
+        evaluation=_cells(evaluation_table(evaluation or {}, baselines or {})),
+        training=_training_values(config, rows, tokens, restarts),
+        environment=environment,
+    )
+    atomic_write(run.path / "report.html", page.html())
     return run.report_path
+
+
+def _cells(table: str) -> list[list[str]]:
+    """The cells of a Markdown table, without its rule."""
+    lines = [line.strip("|").split("|") for line in table.splitlines()]
+    return [[cell.strip() for cell in line] for number, line in enumerate(lines) if number != 1]
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], tokens_per_step: int = 0) -> bytes:
@@ -180,7 +200,9 @@ def _unit(rows: Sequence[Mapping[str, Any]]) -> str:
     return " nats per token" if len(terms) <= 1 else ""
 
 
-def _training(config: Any, rows: Sequence[Mapping[str, Any]], tokens: int, starts: Iterable[int]) -> str:
+def _training_values(
+    config: Any, rows: Sequence[Mapping[str, Any]], tokens: int, starts: Iterable[int]
+) -> dict[str, str]:
     timed = [row for row in rows if "perf/tokens_per_s" in row]
     compiling = {next((row["step"] for row in timed if row["step"] > start), None) for start in starts}
     settled = [row for row in timed if row["step"] not in compiling]
@@ -203,7 +225,7 @@ def _training(config: Any, rows: Sequence[Mapping[str, Any]], tokens: int, start
     last = next((row for row in reversed(rows) if "train/loss" in row), None)
     if last:
         values["last training loss"] = f"{last['train/loss']:.4f}{_unit(rows)}"
-    return _table(values)
+    return values
 
 
 def _samples(run: Workdir) -> str:

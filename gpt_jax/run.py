@@ -6,6 +6,7 @@ Every command (train, eval, plan) builds a run here, so that none has a special 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -16,7 +17,7 @@ import jax
 
 from gpt_jax.checkpoint import find_checkpoint, restore, restore_frozen
 from gpt_jax.config import Config, resolve
-from gpt_jax.data import Data, prepare_data
+from gpt_jax.data import Data, Loader, prepare_data
 from gpt_jax.data.batches import resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
 from gpt_jax.errors import UserError, choose
@@ -56,6 +57,40 @@ class Run:
         if source.encoded.format.generates:
             return None
         return build_predict_step(self.step, source.spec(), self.part(source))
+
+    @property
+    def segment(self) -> int:
+        """Steps between two at which the run may be continued: above 1 where batches are made by its parameters."""
+        return segment_of(self.data.train)
+
+    def loader(self, params: Callable[[], Any], start: int, log: Callable[[str], None]) -> Loader:
+        """Training batches from step `start` on; `params` gives the current ones to a source that sees them."""
+        source, config = self.data.train, self.config
+        placed, prefetch = self.step.batch_shardings, config.data.prefetch
+        if self.segment == 1 and not refreshed(source):
+            return Loader(source, placed, start, config.steps, prefetch=prefetch)
+        from gpt_jax.rollout import RolloutLoader
+
+        return RolloutLoader(source, self.step, params, start, config.steps, prefetch=prefetch, log=log)
+
+
+def refreshed(source: Any) -> list[Any]:
+    """Returns the sources in a source whose batches are made by the parameters: they have `refresh`."""
+    return [part for part in getattr(source, "parts", {"": source}).values() if hasattr(part, "refresh")]
+
+
+def segment_of(source: Any) -> int:
+    return math.lcm(*(part.every for part in refreshed(source)))
+
+
+def check_segments(config: Config, segment: int) -> None:
+    """Raises UserError if the run would be saved where it cannot be continued with the same batches."""
+    for name, steps in (("steps", config.steps), ("checkpoint.every_steps", config.checkpoint.every_steps)):
+        if steps % segment:
+            raise UserError(
+                f"{name} is {steps}; it must be a multiple of objective.rollout_every ({segment}), so that a run is "
+                "saved between rollouts."
+            )
 
 
 def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
@@ -97,6 +132,8 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         tasks=data.tasks,
     )
     objective = build_objective(config.objective, setting)
+    data = dataclasses.replace(data, train=objective.feed(data.train))
+    check_segments(config, segment_of(data.train))
     spec = data.train.spec()
     check_delivers(objective.batch_spec(config.batch_size, config.context_length), spec)
 

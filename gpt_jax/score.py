@@ -94,11 +94,11 @@ def split_pair(tokenizer: Any, context: str, continuation: str, boundary: str = 
     return whole[:common], whole[common:]
 
 
-def rolling_windows(ids: Sequence[int], eot: int, length: int, stride: int = 0) -> list[Pair]:
+def rolling_windows(ids: Sequence[int], begin: int, length: int, stride: int = 0) -> list[Pair]:
     """Cuts a text into (context, continuation) pairs that score each token exactly once.
 
     Args:
-      ids: of the text; the first token is predicted after `eot`. length: tokens that the model reads at once.
+      ids: of the text; the first token is predicted after the id `begin`. length: tokens that the model reads at once.
       stride: new tokens of each window after the first; 0 is `length` (disjoint windows). The last window's context
         reaches as far back as `length` allows, as in lm-evaluation-harness.
     """
@@ -106,7 +106,7 @@ def rolling_windows(ids: Sequence[int], eot: int, length: int, stride: int = 0) 
     if not 1 <= stride <= length:
         raise UserError(f"stride is {stride}; it must be between 1 and the {length} tokens of a window.")
     ids = list(ids)
-    pairs, done = ([([eot], ids[:length])] if ids else []), length
+    pairs, done = ([([begin], ids[:length])] if ids else []), length
     while done < len(ids):
         new = min(stride, len(ids) - done)
         pairs.append((ids[done - (length - new + 1) : done], ids[done : done + new]))
@@ -124,10 +124,10 @@ class Scorer:
       max_length: tokens that the model reads at once; 0 is `model.config.max_positions`.
       overflow: 'left' cuts the beginning of a context that is too long, 'error' refuses it.
       boundary: see `split_pair`.
-      eot: the id every context begins with; None: the tokenizer's, if it has one.
 
     Attributes:
-      begin: the ids that a context begins with. cut: how many contexts have been cut so far.
+      begin: the ids that a context begins with, as documents do in training ('eot', if the tokenizer has it). eot: the
+        id that ends a text, or None. cut: how many contexts have been cut so far.
     """
 
     def __init__(
@@ -141,7 +141,6 @@ class Scorer:
         max_length: int = 0,
         overflow: str = "left",
         boundary: str = "joint",
-        eot: int | None = None,
     ) -> None:
         choose("overflow", overflow, OVERFLOWS)
         choose("boundary", boundary, BOUNDARIES)
@@ -156,8 +155,8 @@ class Scorer:
         self.mesh, self.rules = mesh, tuple(tuple(rule) for rule in rules)
         self.params = shard_params(model, params, mesh, rules) if mesh is not None else params
         self.overflow, self.boundary, self.cut = overflow, boundary, 0
-        self.eot = eot if eot is not None or tokenizer is None else tokenizer.eot
-        self.begin = [] if self.eot is None else [self.eot]
+        self.eot = None if tokenizer is None else tokenizer.eot
+        self.begin = [] if tokenizer is None else tokenizer.begin
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[Score]:
         """Scores (context, continuation) texts; a context begins with 'eot', as documents do in training.
@@ -175,9 +174,10 @@ class Scorer:
     def rolling(self, texts: Iterable[str], stride: int = 0) -> list[Score]:
         """Scores whole texts, each token once: see `rolling_windows`. An empty text has no tokens and scores 0."""
         texts = list(texts)
-        if self.eot is None:
+        if not self.begin:
             raise UserError("a whole text is scored after an 'eot', which the tokenizer does not have.")
-        found = [rolling_windows(self.tokenizer.encode(t).tolist(), self.eot, self.max_length, stride) for t in texts]
+        before, length = self.begin[-1], self.max_length
+        found = [rolling_windows(self.tokenizer.encode(t).tolist(), before, length, stride) for t in texts]
         scores = iter(self.score_ids([pair for windows in found for pair in windows]))
         out = []
         for text, windows in zip(texts, found, strict=True):

@@ -22,6 +22,7 @@ from flax import struct
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gpt_jax.compiler_flags import options
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.objectives.base import Objective
 from gpt_jax.optim import Optimizer
@@ -36,11 +37,6 @@ from gpt_jax.sharding import (
     state_shardings,
     unbox,
 )
-
-# On CPU Eigen's products are faster than those of YNNPACK, jaxlib 0.10's default (an empty list is none), and what runs
-# once, the drawing of the weights, takes longer to optimise than to run. Measured in docs/LOG.md.
-_UPDATE_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-_INIT_OPTIONS = {"xla_backend_optimization_level": 1}
 
 EVALUATION = 0x7FFFFFFF  # stands where the step does in the row keys of an evaluation
 
@@ -187,8 +183,9 @@ def gradients(
       (loss, metrics by name, gradient with respect to `params`, float32).
     """
     rows = objective.num_rows(batch)
-    keys = row_keys(seed, step, jnp.arange(rows))
-    batch = objective.prepare(batch, keys, step)
+    with jax.named_scope("prepare"):  # names that forensics tells
+        keys = row_keys(seed, step, jnp.arange(rows))
+        batch = objective.prepare(batch, keys, step)
     pieces, piece_keys = (cut(batch, microbatches), cut(keys, microbatches)) if microbatches > 1 else (None, None)
 
     if objective.needs_scores:
@@ -395,8 +392,9 @@ def build_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
-        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         average = state.ema
         if ema:
             average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params)
@@ -429,7 +427,7 @@ def build_train_step(
         in_shardings=(placed, placed_batch),
         out_shardings=(placed, replicated),
         donate_argnums=(0,),
-        compiler_options=_on_cpu(_UPDATE_OPTIONS, platform),
+        compiler_options=_on_cpu(options("update"), platform),
     )
     return TrainStep(
         objective=objective,
@@ -441,7 +439,7 @@ def build_train_step(
         batch_spec=batch_spec,
         batch_shardings=placed_batch,
         jitted=jitted,
-        init_jitted=jax.jit(init, out_shardings=placed, compiler_options=_on_cpu(_INIT_OPTIONS, platform)),
+        init_jitted=jax.jit(init, out_shardings=placed, compiler_options=_on_cpu(options("init"), platform)),
     )
 
 

@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from gpt_jax import hooks
+from gpt_jax import distributed, hooks
 from gpt_jax.checkpoint import Checkpointer, restore_subset
 from gpt_jax.config import Config, to_dict
 from gpt_jax.config_changes import compare, decide
 from gpt_jax.console import Console
-from gpt_jax.data import Loader
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all, evaluators_of
+from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb
 from gpt_jax.model.config import count_parameters
 from gpt_jax.profiling import Trace
+from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
+from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.step import TrainState, join
@@ -53,7 +56,11 @@ def train(
     """
     started = time.monotonic()
     with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
+        log = distributed.said_once(log)
+        distributed.check_shared(directory.path)
+        distributed.check_devices(config.distributed.devices, config.distributed.device_kind)
         run = build_run(config, log)
+        distributed.check_equal(**{"the data": run.data.fingerprint()})
         changes = settle_config(run.config, directory, accept_changes, log)
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -103,31 +110,33 @@ def train(
             directory.checkpoint_metadata(to_dict(run.config)),
             config.checkpoint.every_steps,
             config.checkpoint.every_minutes,
+            copier(config.log.copy_to, directory, log),
         )
         sample = hooks.Sample(directory, console, sampler(run))
+        watch = Watch(directory, run.data.train, run.step, config.seed, writer, config.log.spike_z)
         stop = stack.enter_context(Preemption())
         trace = Trace(directory.path / "profile", profile)
         stack.callback(trace.close)
 
         step, done, pending, values = run.step, start, None, {}
-        with Loader(run.data.train, step.batch_shardings, start, config.steps, prefetch=config.data.prefetch) as loader:
+        with run.loader(lambda: state.all_params, start, console.show) as loader:
             for index, batch in loader:
                 trace.before(index + 1, state)
                 state, metrics = step(state, batch)
                 trace.after(index + 1, metrics)
                 if pending is not None:
                     report_row(*pending)
-                done, pending = (
-                    index + 1,
-                    (index + 1, metrics, run.rows_at(index) * config.context_length, loader.stall_seconds),
-                )
-                last = done == config.steps
-                stopping = stop.agreed(done)
+                    watch(*pending[:2], state)
+                done, tokens = index + 1, run.rows_at(index) * config.context_length
+                pending = (done, metrics, tokens, loader.stall_seconds, dict(loader.perf))
+                last, settled = done == config.steps, done % run.segment == 0
+                stopping = settled and stop.agreed(done // run.segment)
                 evaluating = last or hooks.due(done, config.eval.every_steps)
                 sampling = run.objective.generates and (last or hooks.due(done, config.sample.every_steps))
-                saving = last or stopping or save.is_due(done)
+                saving = last or stopping or (settled and save.is_due(done))
                 if evaluating or sampling or saving:
                     report_row(*pending)
+                    watch(*pending[:2], state)
                     pending = None
                     with clock.pause():
                         if evaluating:
@@ -142,7 +151,10 @@ def train(
                 report_row(*pending)
         checkpointer.wait()
         writer.flush()
-        return finish(run, directory, done, values, start, stop.requested, time.monotonic() - started, log)
+        summary = finish(run, directory, done, values, start, stop.requested, time.monotonic() - started, log)
+        save.copy_logs()
+        distributed.gather("done")
+        return summary
 
 
 def settle_config(config: Config, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:
@@ -175,14 +187,24 @@ def first_state(
         frozen = checkpointer.restore_frozen(abstract.frozen) if jax.tree.leaves(abstract.frozen) else abstract.frozen
         log(f"continuing at step {latest} of {run.config.steps}")
         return dataclasses.replace(state, frozen=frozen), latest
-    state = run.step.init(run.config.seed)
-    if run.config.init.source:
-        params, restored = restore_subset(run.config.init.source, join(state.params, state.frozen))
-        log(restored.describe())
-        state = run.step.with_params(state, params)
+    state = initial_state(run, log)
     if jax.tree.leaves(state.frozen):
         checkpointer.save_frozen(state.frozen)
     return state, 0
+
+
+def initial_state(run: Run, log: Callable[[str], None]) -> TrainState:
+    """What a run starts from: parameters of its seed, or another run's weights by name."""
+    state = run.step.init(run.config.seed)
+    init = run.config.init
+    if init.source:
+        params, restored = restore_subset(init.source, join(state.params, state.frozen), rename=init.rename)
+        log(restored.describe())
+        for root, other in run.objective.copies.items():
+            log(f"{root}: a copy of {other}")
+            params = {**params, root: jax.tree.map(jnp.copy, params[other])}
+        state = run.step.with_params(state, params)
+    return state
 
 
 def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> None:
@@ -206,6 +228,21 @@ def tracker(config: Config, directory: Workdir) -> Any:
     if not config.log.wandb or not directory.writes:
         return None
     return open_wandb(config.log.wandb, directory.path, config.name, to_dict(config))
+
+
+def copier(url: str, directory: Workdir, log: Callable[[str], None]) -> Callable[[], None]:
+    """Returns what copies the run's logs to an object store; a store that fails is told of and does not end the run."""
+    refuse = "" if not url or is_url(url) else url
+    if refuse:
+        raise UserError(f"log.copy_to is {refuse!r}; it is a URL, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
+
+    def copy() -> None:
+        try:
+            directory.copy_to(url)
+        except UserError as error:
+            log(f"log.copy_to: {error}")
+
+    return copy
 
 
 def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:
@@ -247,17 +284,18 @@ def finish(
     finished = done >= run.config.steps
     directory.add_history("finish" if finished else "preempted", done)
     summary: dict[str, Any] = {"workdir": str(directory.path), "step": done, "steps": run.config.steps}
-    if finished:
+    if finished and directory.writes:
         known = directory.read_json("baselines.json")
         if known is None and run.data.valid and start < done and any(k.endswith("bits_per_byte") for k in values):
             known = baselines(run.data)
             directory.write_json("baselines.json", known)
         if values:
             directory.write_json("evaluation.json", {k.removeprefix("valid/"): v for k, v in values.items()})
+        directory.write_json("memory.json", describe_memory(run.step))
         report = write_report(directory.path, evaluation=directory.read_json("evaluation.json"), baselines=known)
         summary |= {**values, **(known or {}), "report": str(report)}
         log(f"finished {done} steps in {seconds:.0f} s; report: {report}")
-    else:
+    elif not finished:
         log(f"stopped at step {done}, saved; run the same command again to continue")
     return summary | {"seconds": round(seconds, 1), "exit_code": 0 if finished or not stopped else EXIT_PREEMPTED}
 

@@ -25,19 +25,24 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write, clean_leftovers, explain_no_space, fsync_folder
+from gpt_jax.remote import Remote, refuse_url, upload
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: 'restart me'
 
 _PACKAGES = (
     *("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections"),
     *("numpy", "sentencepiece", "tokenizers", "tensorboardX", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
+)
+_COPIED = (
+    *("config.json", "environment.json", "history.jsonl", "metrics.jsonl", "evaluation.json", "baselines.json"),
+    *("code.diff", "report.md", "loss.png", "samples", "tensorboard", "tokenizer"),
 )
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 
@@ -122,6 +127,14 @@ class Workdir:
             os.replace(temporary, self.tokenizer_path)
             fsync_folder(self.path)
 
+    def copy_to(self, url: str) -> list[str]:
+        """Copies what is small (config, logs, report, samples, not checkpoints) to an object store; returns the names.
+
+        Raises:
+          UserError: the store cannot be reached.
+        """
+        return upload(self.path, _COPIED, Remote(url)) if url and self.writes else []
+
     def write_sample(self, step: int, text: str) -> pathlib.Path:
         """Writes the texts sampled at a step; returns the file."""
         path = self.samples_path / f"step_{step:08d}.txt"
@@ -156,6 +169,7 @@ def open_workdir(path: str | os.PathLike, lock: bool = True) -> Iterator[Workdir
     Raises:
       UserError: in use by another process (named by its id), not a directory, not writable, or absent (lock=False).
     """
+    refuse_url(path, "--workdir", "mount the bucket and give the folder; log.copy_to copies a run's logs to a URL")
     if lock and jax.process_index() > 0:
         yield Workdir(path, writes=False)
         return
@@ -228,7 +242,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
         "command": sys.argv,
-        "packages": _versions(),
+        "packages": installed_versions(_PACKAGES),
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,
@@ -240,9 +254,10 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns {package: version} of those that are installed."""
     versions = {}
-    for name in _PACKAGES:
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
@@ -301,4 +316,5 @@ class Preemption:
             return self.requested
         from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        self.requested = self.requested or bool(multihost_utils.reached_preemption_sync_point(step))
+        return self.requested

@@ -1,10 +1,11 @@
+# shellcheck shell=bash
 # Sourced by the scripts: makes .venv if there is none, installs the project with the extras in $1 (may be none), activates it.
 # A second call sees that setup.cfg has not changed and installs nothing.
 
 ensure_venv() {
   local extras="${1:-}" root stamp python
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-  cd "$root"
+  cd "$root" || return
   if [ ! -x .venv/bin/python ]; then
     python=""
     for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do

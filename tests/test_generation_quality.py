@@ -79,7 +79,7 @@ def test_greedy_repeats_more_than_sampling_and_a_copy_is_one():
 
 @pytest.mark.slow
 def test_the_command_measures_a_run_beside_its_validation_text(tmp_path, capsys):
-    text = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 60
+    text = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 160
     (tmp_path / "text.txt").write_text(text)
     flags = ["--config.data.path=" + str(tmp_path / "text.txt"), "--config.data.tokenizer.kind=byte"]
     flags += ["--config.model.num_layers=1", "--config.model.d_model=32", "--config.steps=3", "--config.batch_size=8"]

@@ -104,6 +104,33 @@ def choices():
     return batch | {"choice_mask": mask, "answer": answer, "row_weights": np.ones(8, np.float32)}
 
 
+def pairs():
+    """A chosen and a rejected answer in each row, of uneven lengths; the last row is padding."""
+    batch = {name: x.reshape(8, 2, 12) for name, x in texts(16).items() if name != "row_weights"}
+    answers = (batch["segment_ids"] > 0) & (batch["positions"] >= 2)
+    rows = (np.arange(8) < 7).astype(np.float32)
+    targets = np.roll(batch["tokens"], -1, axis=2)
+    return batch | {"targets": targets, "answer_weights": answers.astype(np.float32), "row_weights": rows}
+
+
+def rollout():
+    """Two groups of four answers, drawn by a policy that has moved on since."""
+    batch, rng = texts(), np.random.default_rng(8)
+    answers = (batch["segment_ids"] > 0) & (batch["positions"] >= 2) & (batch["positions"] < 5)
+    one = {name: rng.normal(-3.6, 0.3, (8, 12)).astype(np.float32) for name in ("behaviour", "reference")}
+    group = {name: np.repeat(rng.normal(size=(2, 4)), 4, 0).astype(np.float32) for name in ("rewards", "kl")}
+    del batch["row_weights"]
+    return batch | {
+        "targets": np.roll(batch["tokens"], -1, axis=1),
+        "target_weights": answers.astype(np.float32),
+        "prefix": batch["positions"] < 2,
+        **{f"{name}_logprobs": x for name, x in one.items()},
+        **{f"group_{name}": x for name, x in group.items()},
+        "member": np.tile(np.arange(4, dtype=np.int32), 2),
+        "rewards": rng.normal(size=(8, 1)).astype(np.float32),
+    }
+
+
 TASKS = (TaskInfo(0, "a", ("no", "yes")), TaskInfo(1, "b", ("up", "down"), 2))
 MASK = {"eot": 3, "mask": 36}
 SENTINELS = {name: 29 + i for i, name in enumerate(special_names(3, modes=True))}
@@ -267,6 +294,73 @@ GOLDEN = {
             "next/loss": 4.0227132,
         },
         specials=MASK,
+    ),
+    "dpo": Golden(
+        {"name": "dpo"},
+        pairs,
+        {
+            "accuracy": 0.42857143,
+            "chosen_log_ratio": -1.0163438,
+            "grad_norm": 0.91623861,
+            "loss": 0.71040404,
+            "loss/dpo": 0.71040404,
+            "margin": -0.0029686391,
+            "rejected_log_ratio": -0.98665732,
+            "next/loss": 0.48380455,
+        },
+    ),
+    "policy_gradient": Golden(
+        {"name": "policy_gradient", "group": 4},
+        rollout,
+        {
+            "clipped": 0,
+            "entropy": 3.3188927,
+            "grad_norm": 15.07296,
+            "kl": 3.2215991,
+            "length": 2.75,
+            "loss": 1.2432886,
+            "loss/policy": 1.2432886,
+            "reward": 0.41833588,
+            "reward/exact_match": 0.2919423,
+            "reward_std": 0.83931333,
+            "next/loss": -0.25873137,
+        },
+    ),
+    "policy_gradient, grpo": Golden(
+        {"name": "policy_gradient", "group": 4, "algorithm": "grpo"},
+        rollout,
+        {
+            "clipped": 0.77272725,
+            "entropy": 3.3188927,
+            "grad_norm": 1.7963856,
+            "kl": 3.2215991,
+            "length": 2.75,
+            "loss": 0.37309,
+            "loss/kl": 1.1586905,
+            "loss/policy": 0.32674238,
+            "reward": 0.41833588,
+            "reward/exact_match": 0.2919423,
+            "reward_std": 0.83931333,
+            "next/loss": -0.070947707,
+        },
+    ),
+    "policy_gradient, dr_grpo, weighted": Golden(
+        {"name": "policy_gradient", "group": 4, "algorithm": "dr_grpo", "kl": "weighted", "length": "token"},
+        rollout,
+        {
+            "clipped": 0.77272725,
+            "entropy": 3.3188927,
+            "grad_norm": 1.6592437,
+            "kl": 3.2215991,
+            "length": 2.75,
+            "loss": 0.37361398,
+            "loss/kl": 0.24769731,
+            "loss/policy": 0.36370608,
+            "reward": 0.41833588,
+            "reward/exact_match": 0.2919423,
+            "reward_std": 0.83931333,
+            "next/loss": 0.0024686824,
+        },
     ),
     "denoising": Golden(
         DENOISING,

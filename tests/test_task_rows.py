@@ -211,5 +211,7 @@ def test_malformed_examples_are_counted_where_they_are_skipped(tmp_path):
         cache_dir=tmp_path,
         log=lines.append,
     )
-    assert data.info["tasks"]["half"]["train"] == {"examples": 1, "rows": 1, "skipped": 1}
+    counts = data.info["tasks"]["half"]["train"]
+    assert len(counts.pop("sha256")) == 64
+    assert counts == {"examples": 1, "rows": 1, "skipped": 1}
     assert any("half/train: 1 malformed examples left out, such as f:2: empty target" in line for line in lines)

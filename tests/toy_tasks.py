@@ -54,3 +54,25 @@ def reverse(train: int = 20, valid: int = 5, letters: int = 4) -> Task:
 
     splits = {"train": split(0, train), "valid": split(3, valid)}
     return Task("reverse", "text_to_text", ("exact_match",), splits)
+
+
+MOODS = {"glad": ("sun", "song", "bright", "smile"), "sad": ("rain", "tears", "dark", "sigh")}
+
+
+def moods(train: int = 20, valid: int = 8, test: int = 8) -> Task:
+    """Four words of one mood, with the small words between them."""
+
+    def split(first, count):
+        def read():
+            for i in range(first, first + count):
+                label = ("glad", "sad")[i % 2]
+                words = [MOODS[label][(i * (j + 1) + j * j + i // 3) % 4] for j in range(4)]
+                end = " today" if first else ""  # no text is in two splits
+                yield Classify(
+                    f"the {words[0]} and {words[1]} of {words[2]} {words[3]}{end}", label, where=f"moods:{i}"
+                )
+
+        return read
+
+    splits = {"train": split(0, train), "valid": split(100, valid), "test": split(201, test)}
+    return Task("moods", "classify", ("accuracy",), splits, labels=("glad", "sad"))

@@ -59,12 +59,13 @@ class Loader:
 
     Attributes:
       stall_seconds: how long the consumer waited for the last batch.
+      perf: {'perf/...': value} that making it took, of sources that have more to tell.
     """
 
     def __init__(
         self, source: Any, shardings: Any = None, start_step: int = 0, stop_step: int | None = None, prefetch: int = 2
     ):
-        self.stall_seconds = 0.0
+        self.stall_seconds, self.perf = 0.0, {}
         last = getattr(source, "num_batches", None)
         self._stop = last if stop_step is None else stop_step if last is None else min(last, stop_step)
         self._source, self._shardings, self._start = source, shardings, start_step

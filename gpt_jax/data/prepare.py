@@ -51,6 +51,16 @@ class Data:
     splits: dict[str, Split]
     tasks: Any = ()
 
+    def fingerprint(self) -> str:
+        """Returns 16 hex digits of what the data are, wherever a host keeps them."""
+        return cache.content_hash(_without_places(self.info))
+
+
+def _without_places(info: Any) -> Any:
+    if not isinstance(info, Mapping):
+        return info
+    return {key: _without_places(value) for key, value in info.items() if key not in ("store", "tokens_file")}
+
 
 def prepare_data(
     data: Any,

@@ -15,7 +15,9 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
+from gpt_jax.data.cache import cache_root
 from gpt_jax.errors import UserError
+from gpt_jax.remote import fetch_file, is_url
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 FORMATS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
@@ -47,10 +49,17 @@ def expand_paths(paths: str) -> list[pathlib.Path]:
 
     Raises:
       UserError: a $VAR that is not set, a path that names no file, a folder.
+
+    An object of an object store is copied into the cache.
     """
     files: dict[pathlib.Path, None] = {}
     for part in filter(None, (p.strip() for p in paths.split(","))):
         pattern = expand_variables(part)
+        if is_url(pattern):
+            if any(letter in pattern for letter in "*?["):
+                raise UserError(f"data path {part!r}: globs are of files here; name each object of an object store.")
+            files[fetch_file(pattern, cache_root(), print)] = None
+            continue
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [pathlib.Path(f) for f in found]
         if not found:

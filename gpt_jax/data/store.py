@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.data.cache import file_sha256, remembered
+from gpt_jax.data.cache import build_folder, cache_root, file_sha256, remembered
 from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.remote import Remote, fetch_file, is_url
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -140,14 +142,14 @@ def open_store(path: str | pathlib.Path, tokenizer: Tokenizer | None = None, ver
     """Opens a token store.
 
     Args:
-      path: its folder.
+      path: its folder, or its URL in an object store, of which a copy is made in the cache.
       tokenizer: if given, it must be the one that made the store.
       verify: also compare every file's checksum (reads the whole store).
 
     Raises:
       UserError: no store there, another tokenizer's, or damaged (naming the file).
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(fetch_store(str(path), cache_root(), print) if is_url(path) else path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version, files = manifest["format"], manifest["files"]
@@ -170,8 +172,40 @@ def open_store(path: str | pathlib.Path, tokenizer: Tokenizer | None = None, ver
     return Store(path, manifest)
 
 
+def fetch_store(url: str, root: pathlib.Path, log: Callable[[str], None] | None = None, context: Any = None) -> str:
+    """Returns a local copy of a token store in an object store, kept in `root` by its manifest: its files are mapped.
+
+    Raises:
+      UserError: no store there, or a file of it is missing or damaged.
+    """
+    remote = Remote(url, context)
+    text = remote.read(MANIFEST)
+    if text is None:
+        raise UserError(f"no token store at {url!r} ({MANIFEST} is missing).")
+    place = root / "stores" / f"remote-{hashlib.sha256(text).hexdigest()[:16]}"
+
+    def build(new: pathlib.Path) -> None:
+        try:
+            files = json.loads(text)["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the token store at {url!r} is damaged: {MANIFEST} ({error}).") from None
+        for name, entry in files.items():
+            if ".." in pathlib.PurePosixPath(name).parts or name.startswith("/"):
+                raise UserError(f"the token store at {url!r} is damaged: {MANIFEST} names {name!r}.")
+            remote.download(name, new / name, entry["size"])
+            if file_sha256(new / name) != entry["sha256"]:
+                raise UserError(f"the token store at {url!r} is damaged: the checksum of {name} differs.")
+        (new / MANIFEST).write_bytes(text)
+
+    if not place.is_dir() and log:
+        log(f"copying the token store {url} to {place}, where its files can be mapped")
+    return str(build_folder(place, build, f"a copy of {url}", log))
+
+
 def is_store(path: str) -> bool:
-    """Tells whether a data path is a token store's folder."""
+    """Tells whether a data path is a token store's folder, perhaps in an object store."""
+    if is_url(path):
+        return Remote(path).read(MANIFEST) is not None
     return (pathlib.Path(path) / MANIFEST).is_file()
 
 
@@ -196,7 +230,7 @@ def open_token_file(path: str | pathlib.Path, tokenizer: Tokenizer, memo: pathli
     Raises:
       UserError: missing, empty, or holding an id that the tokenizer has not.
     """
-    path = pathlib.Path(path)
+    path = fetch_file(str(path), cache_root(), print) if is_url(path) else pathlib.Path(path)
     try:
         stat = path.stat()
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,6 +58,16 @@ class EncodedTask:
         else:
             self._order, self._bounds = np.arange(len(self.pieces)), np.arange(len(self.pieces) + 1)
         self.rows_per_epoch = len(self._bounds) - 1
+
+    @property
+    def sha256(self) -> str:
+        """A checksum of all encoded pieces, in order: of the examples, the template and the tokenizer together."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            for name in sorted(piece):
+                values = np.asarray(piece[name])
+                digest.update(f"{name}{values.dtype}{values.shape}".encode() + values.tobytes())
+        return digest.hexdigest()
 
     def build(self, epochs: np.ndarray, indices: np.ndarray) -> Rows:
         out = {name: np.zeros((len(indices), *shape), kind) for name, (shape, kind) in self.arrays.items()}
@@ -142,6 +153,7 @@ def task_sources(
             encoded = EncodedTask(task, info, task.examples(split), rows, tokenizer, length)
             skipped = task.skipped[split]
             counts[task.name][split] = {"examples": len(encoded.examples), "rows": encoded.rows_per_epoch}
+            counts[task.name][split]["sha256"] = encoded.sha256
             counts[task.name][split] |= {"skipped": skipped.count} if skipped.count else {}
             if skipped.count:
                 log(f"{task.name}/{split}: {skipped.count} malformed examples left out, such as {skipped.messages[0]}")

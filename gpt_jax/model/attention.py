@@ -134,6 +134,17 @@ def _visible(start: int, end: int, T: int, mask: Mask, variant: Variant) -> tupl
     return max(0, before), min(T, after)
 
 
+def attention_weights(q_BxTxHxK: Array, k_BxTxGxK: Array, mask: Mask, variant: Variant) -> Array:
+    """The weights [B, H, T, T] that `attend` gives the values, whatever computes them: for those who want to look."""
+    B, T, H, K = q_BxTxHxK.shape
+    G = k_BxTxGxK.shape[2]
+    at, segments = jnp.arange(T), mask.segments_BxT
+    allowed, distance = _allowed(at[:, None], at[None], mask.kind, variant, segments, segments, mask.prefix_BxT)
+    scaled = (q_BxTxHxK * jnp.asarray(1.0 / math.sqrt(K), q_BxTxHxK.dtype)).reshape(B, T, G, H // G, K)
+    scores = score(jnp.transpose(scaled, (0, 2, 3, 1, 4)), jnp.swapaxes(k_BxTxGxK, 1, 2))
+    return _weigh(scores, allowed, distance, variant, 0).reshape(B, H, T, T)
+
+
 def _attend_block(q, k, v, q_start: int, k_start: int, mask: Mask, variant: Variant) -> Array:
     T, S = q.shape[1], k.shape[1]
     q_pos, k_pos = q_start + jnp.arange(T)[:, None], k_start + jnp.arange(S)[None, :]
@@ -169,6 +180,14 @@ def attend_pairs(
       q_pos, k_pos: [T, 1] and [1, S] positions. kind: of a Mask. q_segments, k_segments, k_prefix: [B, T or S] or None.
       inside: [1, S], which keys there are; None is all. block_id: tells the draws of one block of queries from others.
     """
+    allowed, distance = _allowed(q_pos, k_pos, kind, variant, q_segments, k_segments, k_prefix, inside)
+    return _softmax_attend(q, k, v, allowed, distance, variant, block_id)
+
+
+def _allowed(
+    q_pos, k_pos, kind: str, variant: Variant, q_segments, k_segments, k_prefix, inside=None
+) -> tuple[Any, Any]:
+    """What queries may see of keys, and their distances (ALiBi): broadcastable to [B, T, S], or None."""
     allowed: Any = None if inside is None else inside[None]
 
     def narrow(more):
@@ -182,8 +201,7 @@ def attend_pairs(
     if q_segments is not None:
         q_seg, k_seg = q_segments[:, :, None], k_segments[:, None, :]
         allowed = narrow((q_seg == k_seg) & (k_seg > 0))
-    distance = abs(q_pos - k_pos)[None] if variant.alibi else None
-    return _softmax_attend(q, k, v, allowed, distance, variant, block_id)
+    return allowed, abs(q_pos - k_pos)[None] if variant.alibi else None
 
 
 def _softmax_attend(q, k, v, allowed, distance, variant: Variant, block_id: int) -> Array:

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from gpt_jax.model.attention import Mask, Variant, attend_cache
+from gpt_jax.model.attention import Mask, Variant, attend_cache, attention_weights
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
 from gpt_jax.model.derivatives import add_bias, gelu_tanh, multiply, normalize
 from gpt_jax.model.implementations import run_attention
 from gpt_jax.model.positions import rotate
 from gpt_jax.model.random import dropout, fold_name
+from gpt_jax.model.taps import Taps
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -142,8 +143,9 @@ class Attention(nn.Module):
         mask: Mask,
         cache: Cache | None,
         keys_B: Array | None,
-    ) -> tuple[Array, Cache | None]:
-        config = self.config
+        taps: Taps | None = None,
+    ) -> tuple[Array, Cache | None, dict[str, Array]]:
+        config, found = self.config, {}
         D, H, K = config.d_model, config.num_heads, config.key_size
         q, k, v = self._project(x_BxTxD)
         if config.qk_norm:
@@ -160,12 +162,16 @@ class Attention(nn.Module):
             cache = cache.write(layer, k, v)
             causal = mask.kind == "causal"
             out = attend_cache(q, *cache.read(layer), positions, cache.positions(layer), variant, causal=causal)
+        if taps is not None:
+            if "attention" in taps.collect:
+                found["attention"] = attention_weights(q, k, mask, variant)
+            found["heads"] = out = taps.through_heads(out)
         std = residual_std(config)
         if config.head_dims:
             flat = jnp.concatenate([out[:, :, h, :size] for h, size in enumerate(config.head_dims)], axis=-1)
-            return Product(config, (D, D), ("heads", "embed"), std=std, name="out")(flat), cache
+            return Product(config, (D, D), ("heads", "embed"), std=std, name="out")(flat), cache, found
         project = Product(config, (H, K, D), ("heads", "head_dim", "embed"), in_dims=2, std=std, name="out")
-        return project(out), cache
+        return project(out), cache, found
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         config = self.config
@@ -223,16 +229,20 @@ class Block(nn.Module):
     kind: str
 
     @nn.compact
-    def __call__(self, x_BxTxD, layer, positions, mask, cache, keys_B):
+    def __call__(self, x_BxTxD, layer, positions, mask, cache, keys_B, taps: Taps | None = None):
         config = self.config
+        if taps is not None:
+            x_BxTxD = taps.enter(x_BxTxD)
         if keys_B is not None:
             keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys_B)
-        h, cache = Attention(config, self.kind, name="attention")(
-            Norm(config, name="attention_norm")(x_BxTxD), layer, positions, mask, cache, keys_B
+        h, cache, found = Attention(config, self.kind, name="attention")(
+            Norm(config, name="attention_norm")(x_BxTxD), layer, positions, mask, cache, keys_B, taps
         )
+        found |= {"residual": x_BxTxD, "attention_out": h}
         x_BxTxD = x_BxTxD + self._drop(h, keys_B, "attention_out")
         h = MLP(config, name="mlp")(Norm(config, name="mlp_norm")(x_BxTxD))
-        return x_BxTxD + self._drop(h, keys_B, "mlp_out"), cache
+        out = x_BxTxD + self._drop(h, keys_B, "mlp_out")
+        return out, cache, {} if taps is None else taps.kept(found | {"mlp_out": h})
 
     def _drop(self, h: Array, keys_B: Array | None, name: str) -> Array:
         if not self.config.dropout or keys_B is None:

@@ -25,6 +25,7 @@ from gpt_jax.model.decoding import blocks_of
 from gpt_jax.model.derivatives import add_bias
 from gpt_jax.model.layers import Block, Norm, Product
 from gpt_jax.model.random import dropout, fold_name
+from gpt_jax.model.taps import Taps
 
 
 @struct.dataclass
@@ -36,12 +37,15 @@ class Output:
       logits: [B, T, V] float32 over the vocabulary, padded rows cut off.
       cache: the extended cache, or None.
       aux: values that layers hand up by name (losses that are not sums over rows), {} in a dense stack.
+      intermediates: what taps collected, layers first: [L, ...]; and "residual_out" [B, T, D], what enters the final
+        norm. None without taps.
     """
 
     hidden: Array
     logits: Array
     cache: Cache | None = None
     aux: dict[str, Any] = struct.field(default_factory=dict)
+    intermediates: dict[str, Array] | None = None
 
 
 class _Repetition(nn.Module):
@@ -50,12 +54,15 @@ class _Repetition(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, index, positions, mask, keys_B):
+    def __call__(self, x_BxTxD, index, positions, mask, keys_B, taps):
+        found = []
         for i, kind in enumerate(self.config.pattern):
             layer = index * len(self.config.pattern) + i
             block = Block(self.config, kind, name=f"block_{i}")
-            x_BxTxD, _ = block(x_BxTxD, layer, positions, mask, None, keys_B)
-        return x_BxTxD, None
+            own = None if taps is None else taps.of(i)
+            x_BxTxD, _, kept = block(x_BxTxD, layer, positions, mask, None, keys_B, own)
+            found.append(kept)
+        return x_BxTxD, None if taps is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 _REMAT_POLICIES = {
@@ -108,7 +115,7 @@ class Transformer(nn.Module):
             repetition,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=repetitions,
             # Drawing weights in a loop is a small program, and gives the same ones.
             unroll=1 if self.is_initializing() else config.unroll or repetitions,
@@ -124,6 +131,7 @@ class Transformer(nn.Module):
         positions: Array | None = None,
         cache: Cache | None = None,
         keys: Array | None = None,
+        taps: Taps | None = None,
     ) -> Output:
         """Runs the stack.
 
@@ -134,6 +142,7 @@ class Transformer(nn.Module):
           positions: [B, T] or [T] positions; None counts from 0, or continues the cache. -1 marks padding (cache only).
           cache: keys and values of earlier tokens; T new ones are written after them.
           keys: [B] random keys, one per row, for dropout; None is deterministic.
+          taps: what to collect of the inside, and what to put in its place (no cache then); None costs nothing.
 
         Returns:
           Output.
@@ -141,11 +150,20 @@ class Transformer(nn.Module):
         Raises:
           UserError: more tokens than learned positions.
         """
-        hidden, cache = self.encode(tokens, mask=mask, positions=positions, cache=cache, keys=keys)
-        return Output(hidden=hidden, logits=self.unembed(hidden)[..., : self.config.vocab_size], cache=cache)
+        options = dict(mask=mask, positions=positions, cache=cache, keys=keys, taps=taps)
+        hidden, cache, found = self._encode(tokens, **options)
+        logits = self.unembed(hidden)[..., : self.config.vocab_size]
+        return Output(hidden=hidden, logits=logits, cache=cache, intermediates=found)
 
     def encode(self, tokens, *, mask=None, positions=None, cache=None, keys=None) -> tuple[Array, Cache | None]:
         """As `__call__`, without the output layer: hidden [B, T, D] and the cache."""
+        return self._encode(tokens, mask=mask, positions=positions, cache=cache, keys=keys, taps=None)[:2]
+
+    def lens(self, residual: Array) -> Array:
+        """What a residual stream [..., D] would say if it were the last: final norm and output layer, [..., V]."""
+        return self.unembed(self.final_norm(residual))[..., : self.config.vocab_size]
+
+    def _encode(self, tokens, *, mask, positions, cache, keys, taps) -> tuple[Array, Cache | None, Any]:
         config = self.config
         B, T = tokens.shape
         if config.positions == "learned" and positions is None and T > config.max_positions:
@@ -170,10 +188,14 @@ class Transformer(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "sequence", "act_embed"))
         if cache is not None:
             x, cache = self._through_cache(x, positions, mask or Mask(), cache, keys)
-            return self.final_norm(x), cache.advance(T)
-        index = jnp.arange(config.num_layers // len(config.pattern))
-        x, _ = self.layers(x, index, positions, mask or Mask(), keys)
-        return self.final_norm(x), None
+            return self.final_norm(x), cache.advance(T), None
+        period = len(config.pattern)
+        index = jnp.arange(config.num_layers // period)
+        stacked = None if taps is None else taps.stacked(period)
+        x, found = self.layers(x, index, positions, mask or Mask(), keys, stacked)
+        if taps is not None:
+            found = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in found.items()} | {"residual_out": x}
+        return self.final_norm(x), None, found
 
     def _through_cache(
         self, x: Array, positions: Array, mask: Mask, cache: Cache, keys: Array | None
@@ -182,7 +204,7 @@ class Transformer(nn.Module):
         config = self.config
         for layer, params in enumerate(blocks_of(self.variables["params"]["layers"], config)):
             block = Block(config, config.pattern[layer % len(config.pattern)], parent=None)
-            x, cache = block.apply({"params": params}, x, layer, positions, mask, cache, keys)
+            x, cache, _ = block.apply({"params": params}, x, layer, positions, mask, cache, keys)
         return x, cache
 
     def unembed(self, hidden: Array) -> Array:

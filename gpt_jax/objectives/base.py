@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -30,9 +31,11 @@ REGISTRY: dict[str, str] = {
     "classify": "gpt_jax.objectives.classify:Classify",
     "denoising": "gpt_jax.objectives.denoising:Denoising",
     "dialogue": "gpt_jax.objectives.dialogue:Dialogue",
+    "dpo": "gpt_jax.objectives.dpo:DPO",
     "masked_lm": "gpt_jax.objectives.masked_lm:MaskedLM",
     "mixture": "gpt_jax.objectives.compose:Mixture",
     "multiple_choice": "gpt_jax.objectives.multiple_choice:MultipleChoice",
+    "policy_gradient": "gpt_jax.objectives.policy_gradient:PolicyGradient",
     "replaced_token": "gpt_jax.objectives.replaced_token:ReplacedToken",
     "span_qa": "gpt_jax.objectives.span_qa:SpanQA",
     "sum": "gpt_jax.objectives.compose:Sum",
@@ -50,10 +53,12 @@ class Objective(abc.ABC):
       batch_terms: terms that are not sums over rows (expert balance, in-batch contrast): averaged over micro-batches,
         and exempt from the promise that micro-batches do not change the loss.
       generates: whether what it trains continues a text, so that samples of a run say something.
+      copies: {root: another}: roots that begin as the other's weights ("reference": "model"), those of `init.from` too.
     """
 
     coefs: Mapping[str, float | Schedule]
     frozen: Sequence[str] = ()
+    copies: Mapping[str, str] = MappingProxyType({})
     batch_terms: ClassVar[frozenset[str]] = frozenset()
     generates: ClassVar[bool] = True
 
@@ -120,6 +125,11 @@ class Objective(abc.ABC):
     def parts(self) -> dict[str, tuple[Objective, float]]:
         """Returns the objectives with sub-batches, and so validation sets, of their own, and their coefficients."""
         return {"": (self, 1.0)}
+
+    def feed(self, source: Any) -> Any:
+        """Returns the training source that the step reads, given the data's own: the same, unless batches depend on
+        the parameters (gpt_jax/rollout.py)."""
+        return source
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Array]:
         """Returns what predictions are made of, {name: [rows, ...]}, from rows of the data (not prepared)."""

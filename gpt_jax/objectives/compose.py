@@ -58,6 +58,10 @@ class _Composition(Objective):
         return tuple(dict.fromkeys(regex for child in self.children.values() for regex in child.frozen))
 
     @property
+    def copies(self) -> dict[str, str]:
+        return {root: other for child in self.children.values() for root, other in child.copies.items()}
+
+    @property
     def batch_terms(self) -> frozenset[str]:
         return frozenset(f"{name}/{term}" for name, child in self.children.items() for term in child.batch_terms)
 
@@ -155,7 +159,15 @@ class Mixture(_Composition):
         return cls(children=children, child_coefs=coefs, row_counts=counts)
 
     def parts(self) -> dict[str, tuple[Objective, float]]:
-        return {name: (child, self.child_coefs.get(name, 1.0)) for name, child in self.children.items()}
+        factors = {name: self.child_coefs.get(name, 1.0) for name in self.children}
+        return {
+            f"{name}/{part}" if part else name: (inner, factors[name] * coef)
+            for name, child in self.children.items()
+            for part, (inner, coef) in child.parts().items()
+        }
+
+    def feed(self, source: Any) -> Any:
+        return type(source)({name: self.children[name].feed(part) for name, part in source.parts.items()})
 
     def batch_spec(self, batch_size: int, context_length: int) -> Any:
         total = sum(self.row_counts.values()) or len(self.children)

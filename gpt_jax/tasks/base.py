@@ -30,6 +30,7 @@ from gpt_jax.tasks.examples import (
     Example,
     Malformed,
     MultipleChoice,
+    Preference,
     SpanQA,
     Tagged,
     TextToText,
@@ -43,6 +44,7 @@ __all__ = [
     "Example",
     "Malformed",
     "MultipleChoice",
+    "Preference",
     "Skipped",
     "SpanQA",
     "Tagged",
@@ -69,6 +71,8 @@ REGISTRY: dict[str, str] = {
     "python_defaults": "gpt_jax.tasks.python_defaults:task",
     "python_choices": "gpt_jax.tasks.python_choices:task",
     "python_dialogue": "gpt_jax.tasks.python_dialogue:task",
+    "python_preferences": "gpt_jax.tasks.python_preferences:task",
+    "arithmetic": "gpt_jax.tasks.arithmetic:task",
     # Files of your own, by kind.
     "classification": "gpt_jax.tasks.generic:classification",
     "text_to_text": "gpt_jax.tasks.generic:text_to_text",
@@ -77,6 +81,7 @@ REGISTRY: dict[str, str] = {
     "span_qa": "gpt_jax.tasks.generic:span_qa",
     "multiple_choice": "gpt_jax.tasks.generic:multiple_choice",
     "dialogue": "gpt_jax.tasks.generic:dialogue",
+    "preferences": "gpt_jax.tasks.generic:preferences",
 }
 # 'babi:3' is {"name": "babi", "number": 3}.
 SHORTHAND = {"babi": "number"}

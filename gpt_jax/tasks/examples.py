@@ -206,8 +206,32 @@ class Dialogue(Example):
         return self.turns[0][1] if self.turns else ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Preference(Example):
+    """A prompt and two answers to it, the better one first."""
+
+    kind: ClassVar[str] = "preference"
+    prompt: str
+    chosen: str
+    rejected: str
+
+    def problem(self, labels: Sequence[str]) -> str:
+        if self.chosen == self.rejected:
+            return "the chosen and the rejected answer are the same"
+        texts = {"prompt": self.prompt, "chosen answer": self.chosen, "rejected answer": self.rejected}
+        return next(filter(None, (_bad_text(what, text) for what, text in texts.items())), "")
+
+    @property
+    def gold(self) -> int:
+        return 0
+
+    @property
+    def document(self) -> str:
+        return self.prompt
+
+
 KINDS: dict[str, type[Example]] = {
-    cls.kind: cls for cls in (Classify, TextToText, Tagged, SpanQA, MultipleChoice, Dialogue)
+    cls.kind: cls for cls in (Classify, TextToText, Tagged, SpanQA, MultipleChoice, Dialogue, Preference)
 }
 
 

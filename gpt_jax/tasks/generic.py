@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gpt_jax.data.readers import expand_variables
 from gpt_jax.errors import UserError
-from gpt_jax.tasks.base import Classify, Dialogue, Malformed, MultipleChoice, Tagged, Task, TextToText, files
+from gpt_jax.tasks.base import (
+    Classify,
+    Dialogue,
+    Malformed,
+    MultipleChoice,
+    Preference,
+    Tagged,
+    Task,
+    TextToText,
+    files,
+)
 from gpt_jax.tasks.readers import BadRow, Row, make, read_conll, read_parallel, read_squad, read_table
 
 
@@ -194,6 +204,31 @@ def dialogue(
         labels=tuple(labels),
         metrics=tuple(metrics),
         splits=files(lambda path: make(read_table(path), build), hold_out, train=train, valid=valid, test=test),
+    )
+
+
+def preferences(
+    train: str,
+    valid: str = "",
+    test: str = "",
+    prompt: str = "{prompt}",
+    chosen: str = "{chosen}",
+    rejected: str = "{rejected}",
+    columns: Sequence[str] = (),
+    hold_out: float = 0.1,
+) -> Task:
+    """A table; the prompt, the better answer and the worse one are templates."""
+
+    def build(row: Row) -> Preference:
+        return Preference(row.fill(prompt), row.fill(chosen), row.fill(rejected), where=row.where)
+
+    return Task(
+        name="preferences",
+        kind="preference",
+        metrics=("accuracy",),
+        splits=files(
+            lambda path: make(read_table(path, columns), build), hold_out, train=train, valid=valid, test=test
+        ),
     )
 
 

@@ -5,6 +5,7 @@ What a prediction and its gold are, by kind of task:
     classify          the label's name          the label's name
     tag               tags, one per word        tags, one per word
     multiple_choice   index of the choice       index of the choice
+    preference        0 chosen, 1 rejected      0
     text_to_text      generated text            tuple of acceptable texts
     span_qa           text of the answer        tuple of acceptable answers
     dialogue          text of the last turn     tuple of it alone
@@ -222,7 +223,7 @@ def _is_right(prediction: Any, gold: Any) -> bool:
     return prediction == gold
 
 
-_LABELLED = ("classify", "tag", "multiple_choice")
+_LABELLED = ("classify", "tag", "multiple_choice", "preference")
 _TEXT = ("text_to_text", "span_qa", "dialogue")
 
 # name -> (kinds it is for, function)

@@ -1,0 +1,119 @@
+"""Compiler flags, one table for all backends. `compiler.flags` of the config picks it, `compiler.extra` adds to it.
+
+A flag that the environment names already is left as it is. XLA reads its flags when the first device is touched, so
+they are set before; on CPU they go with single programs (`options`), as the fastest differ from one to the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+from gpt_jax.errors import UserError, choose
+
+XLA, LIBTPU = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of the compiler.
+
+    Attributes:
+      backend: cpu | gpu | tpu. where: the environment variable that holds it; on CPU the program it goes with.
+      name, value: without the leading '--'. why: what it is for.
+    """
+
+    backend: str
+    where: str
+    name: str
+    value: Any
+    why: str
+
+
+TABLE = (
+    # CPU. On it Eigen's products are faster than those of YNNPACK, jaxlib 0.10's default (an empty list is none).
+    Flag("cpu", "update", "xla_cpu_experimental_ynn_fusion_type", "", "Eigen's matrix products (docs/LOG.md)"),
+    Flag("cpu", "init", "xla_backend_optimization_level", 1, "drawing weights takes longer to optimise than to run"),
+    # GPU: communication runs beside computation. JAX's page on GPU performance describes each.
+    Flag("gpu", XLA, "xla_gpu_enable_latency_hiding_scheduler", "true", "starts collectives as early as it can"),
+    Flag("gpu", XLA, "xla_gpu_enable_pipelined_all_gather", "true", "FSDP: a layer's parameters come ahead of it"),
+    Flag("gpu", XLA, "xla_gpu_enable_pipelined_reduce_scatter", "true", "and its gradient leaves behind it"),
+    Flag("gpu", XLA, "xla_gpu_enable_pipelined_all_reduce", "true", "data parallelism: the same for its gradients"),
+    Flag("gpu", XLA, "xla_gpu_all_gather_combine_threshold_bytes", "134217728", "few large messages, not many small"),
+    Flag("gpu", XLA, "xla_gpu_reduce_scatter_combine_threshold_bytes", "134217728", "as above"),
+    Flag("gpu", XLA, "xla_gpu_all_reduce_combine_threshold_bytes", "134217728", "as above"),
+    # TPU: the same, in libtpu's words.
+    Flag("tpu", LIBTPU, "xla_tpu_enable_async_collective_fusion", "true", "collectives run beside computation"),
+    Flag("tpu", LIBTPU, "xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "all-gathers too (FSDP)"),
+    Flag("tpu", LIBTPU, "xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "over several fusions"),
+    Flag("tpu", LIBTPU, "xla_tpu_overlap_compute_collective_tc", "true", "beside the matrix units as well"),
+    Flag("tpu", LIBTPU, "xla_enable_async_all_gather", "true", "all-gathers start early"),
+)
+
+
+def options(program: str) -> dict[str, Any]:
+    """Returns the CPU options of a program ('update', 'init'), for `jax.jit(compiler_options=...)`."""
+    return {flag.name: flag.value for flag in TABLE if flag.backend == "cpu" and flag.where == program}
+
+
+def backend_here(environ: Mapping[str, str]) -> str:
+    """Returns which backend jax will choose, without asking it (that would fix the flags): cpu | gpu | tpu."""
+    from gpt_jax.cluster import on_tpu_machine
+
+    platforms = environ.get("JAX_PLATFORMS", "")
+    if on_tpu_machine(environ):
+        return "tpu"
+    on_gpu_machine = pathlib.Path("/dev/nvidia0").exists() and not platforms
+    return "gpu" if on_gpu_machine or any(name in platforms for name in ("cuda", "gpu")) else "cpu"
+
+
+def flags_for(backend: str, preset: str = "default", extra: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Returns {environment variable: ['--name=value', ...]} of a backend.
+
+    Args:
+      preset: default (the table's) | none. extra: further flags, '--name=value'; they win over the table's.
+
+    Raises:
+      UserError: an unknown preset, an extra flag of another form.
+    """
+    choose("compiler.flags", preset, ("default", "none"))
+    out: dict[str, dict[str, str]] = {}
+    if preset == "default":
+        for flag in TABLE:
+            if flag.backend == backend != "cpu":
+                out.setdefault(flag.where, {})[flag.name] = f"--{flag.name}={flag.value}"
+    for text in extra:
+        found = re.fullmatch(r"--(\w+)=\S*", text)
+        if found is None:
+            raise UserError(f"compiler.extra has {text!r}; a flag is written '--name=value'.")
+        out.setdefault(LIBTPU if backend == "tpu" else XLA, {})[found[1]] = text
+    return {variable: list(flags.values()) for variable, flags in out.items()}
+
+
+def apply_flags(
+    preset: str = "default",
+    extra: Sequence[str] = (),
+    environ: MutableMapping[str, str] | None = None,
+    backend: str = "",
+) -> list[str]:
+    """Puts the flags of the backend at hand into the environment; before jax touches a device.
+
+    Args:
+      preset, extra: see `flags_for`. environ: None is this process's. backend: None finds out.
+
+    Returns:
+      The flags that were added.
+    """
+    environ = os.environ if environ is None else environ
+    added = []
+    for variable, flags in flags_for(backend or backend_here(environ), preset, extra).items():
+        there = environ.get(variable, "")
+        named = {word.split("=")[0] for word in there.split()}
+        new = [flag for flag in flags if flag.split("=")[0] not in named]
+        environ[variable] = " ".join([there, *new]).strip()
+        added += new
+    return added

@@ -1,0 +1,1 @@
+"""What happens inside a model: attention, lens, heads, patching, attribution. Numbers first; page.py draws them."""

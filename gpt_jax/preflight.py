@@ -1,0 +1,289 @@
+"""The pre-flight: is everything here that a run needs, on every host, before hours are spent on finding out.
+
+    code = run_preflight(config, workdir="runs/x")          # `gpt-jax plan --here`, one process per host
+
+Every process checks its own part and all hear of all: what is wrong is said once, with the process and the host that
+is odd. Under a minute: what does not fit into the time is left out and said so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gpt_jax import distributed
+from gpt_jax.device_checks import Check, check_collectives, check_matmul, check_memory
+from gpt_jax.errors import UserError
+from gpt_jax.sharding import AXES
+
+_MIB = 1 << 20
+
+
+def run_preflight(
+    config: Any,
+    *,
+    workdir: str = "",
+    needed_bytes: int = 0,
+    seconds: float = 60.0,
+    environ: Mapping[str, str] | None = None,
+    log: Callable[[str], None] = print,
+) -> int:
+    """Checks the devices and hosts at hand; joins the other processes of the job first (`distributed.initialize`).
+
+    Args:
+      config: a resolved Config: its mesh, data and `distributed.*` say what is expected.
+      workdir: written to and read from, if given. needed_bytes: what a device needs by the plan; 0 asks for the state's
+        own size at least, where the config says it. seconds: the time there is.
+      environ: where the job is described; None is this process's. log: takes the lines of process 0.
+
+    Returns:
+      0 if all is well, 1 if anything is wrong: each is a line. The last line that process 0 logs is JSON.
+
+    Raises:
+      Unavailable: processes are missing. UserError: code, versions or config differ between processes.
+    """
+    from gpt_jax import config as configs
+    from gpt_jax.compiler_flags import apply_flags
+    from gpt_jax.data.cache import cache_root
+
+    began = time.monotonic()
+    apply_flags(config.compiler.flags, config.compiler.extra)
+    distributed.initialize(
+        environ,
+        heartbeat_seconds=config.distributed.heartbeat_seconds,
+        join_seconds=min(config.distributed.join_seconds, seconds),
+        facts={"the config": distributed.fingerprint(configs.to_dict(config)), "--workdir": workdir},
+    )
+    say = distributed.said_once(log)
+    steps: dict[str, Callable[[], list[Check]]] = {
+        "processes": lambda: [check_processes()],
+        "devices": lambda: check_devices(config.distributed.devices, config.distributed.device_kind),
+        "data": lambda: [check_data(config.data)],
+        "memory": lambda: [check_memory(needed_bytes or state_bytes(config))],
+        "workdir": lambda: [check_folder("workdir", workdir, shared=True)] if workdir else [],
+        "cache": lambda: [check_folder("cache", str(cache_root()), shared=False)],
+        "matmul": lambda: [check_matmul()],
+        "collectives": lambda: check_collectives(mesh_sizes(config)),
+    }
+    checks: list[Check] = []
+    for name, step in steps.items():
+        late = time.monotonic() - began > 0.8 * seconds
+        if distributed.decide(late):
+            checks.append(Check("time", None, f"the rest was left out after {time.monotonic() - began:.0f} s"))
+            say(str(checks[-1]))
+            break
+        try:
+            found = step()
+        except UserError as error:  # of the config, so the same on every process: a mesh that the devices do not make
+            found = [Check(name, False, str(error))]
+        for check in found:
+            checks.append(check)
+            say(str(check))
+    wrong = [check.name for check in checks if check.ok is False]
+    result = {
+        "ok": not wrong,
+        "wrong": wrong,
+        "checks": {check.name: {"ok": check.ok, "found": check.found, **check.values} for check in checks},
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    say(json.dumps(result))
+    return 1 if wrong else 0
+
+
+def mesh_sizes(config: Any) -> dict[str, int]:
+    """The mesh of a config, its axes alone."""
+    return {axis: getattr(config.mesh, axis) for axis in AXES}
+
+
+def state_bytes(config: Any) -> int:
+    """Bytes of a device's share of parameters, gradient and Adam's moments; 0 where the vocabulary is not known yet."""
+    import jax
+
+    from gpt_jax.model.config import count_parameters
+    from gpt_jax.sharding import make_mesh
+
+    if not config.model.vocab_size:
+        return 0
+    mesh = make_mesh(mesh_sizes(config)).shape
+    itemsize = jax.numpy.dtype(config.model.param_dtype).itemsize
+    return count_parameters(config.model) * itemsize * 4 // (mesh["fsdp"] * mesh["tensor"])
+
+
+# ---- hosts
+
+
+def check_processes() -> Check:
+    """All processes answer, with the same versions and code (the roll call has refused others already)."""
+    hosts = distributed.gather(platform.node())
+    return Check(
+        "processes",
+        True,
+        f"{len(hosts)} on {len(set(hosts))} host{'s' * (len(set(hosts)) != 1)}, same code, versions and config",
+        {"processes": len(hosts), "hosts": sorted(set(hosts))},
+    )
+
+
+def check_devices(count: int, kind: str) -> list[Check]:
+    """Kinds and numbers of devices against the expected ones (0, '': whatever), and each process's with the others'."""
+    import jax
+
+    mine = sorted({d.device_kind for d in jax.local_devices()}), len(jax.local_devices())
+    found = distributed.gather([platform.node(), *mine])
+    total = sum(entry[2] for entry in found)
+    kinds = [", ".join(entry[1]) for entry in found]
+    wrong = [k for k, name in enumerate(kinds) if kind and kind.lower() not in name.lower()]
+    if not kind:
+        wrong = odd_ones(kinds)
+    named = "; ".join(f"process {k} on {found[k][0]!r} has {kinds[k]!r}" for k in wrong)
+    usual = next((name for k, name in enumerate(kinds) if k not in wrong), kind)
+    kinds_check = Check("device kind", not wrong, named or usual, {"kinds": sorted(set(kinds))})
+    numbers = [entry[2] for entry in found]
+    odd = odd_ones(numbers)
+    ok = not odd and (not count or total == count)
+    text = f"{total}" + (f", expected {count}" if count and total != count else "")
+    text += "".join(f"; process {k} on {found[k][0]!r} has {numbers[k]}" for k in odd)
+    return [kinds_check, Check("devices", ok, text, {"devices": total, "by_process": numbers})]
+
+
+def odd_ones(values: Sequence[Any]) -> list[int]:
+    """Indices of the values that are not the most frequent one (of equally many, the first)."""
+    usual = max(values, key=lambda value: (values.count(value), -values.index(value)))
+    return [k for k, value in enumerate(values) if value != usual]
+
+
+def check_data(data: Any) -> Check:
+    """The files of the data config: on every host, and the same (name, size, and a hash of both ends of each)."""
+    try:
+        mine: Any = data_files(data)
+        problem = ""
+    except UserError as error:
+        mine, problem = [], str(error)
+    found = distributed.gather([platform.node(), distributed.fingerprint(mine), len(mine), problem])
+    for k, (host, _, _, trouble) in enumerate(found):
+        if trouble:
+            return Check("data", False, f"process {k} on {host!r}: {trouble}")
+    odd = odd_ones([entry[1] for entry in found])
+    if odd:
+        named = ", ".join(f"process {k} on {found[k][0]!r}" for k in odd)
+        return Check("data", False, f"the files of {named} are not those of the others")
+    size = sum(entry[1] for entry in mine)
+    text = f"{len(mine)} files, {size / _MIB:,.1f} MiB, the same on all" if mine else "embedded corpus"
+    return Check("data", True, text, {"files": len(mine), "bytes": size})
+
+
+def data_files(data: Any) -> list[tuple[str, int, str]]:
+    """(name, bytes, hash of the first and last MiB) of each file that the data config names; raises UserError."""
+    from gpt_jax.data.readers import expand_paths, expand_variables
+    from gpt_jax.data.store import MANIFEST, is_store
+    from gpt_jax.remote import Remote, is_url
+
+    patterns = [text for text in (data.path, data.valid_path, *(s.get("path", "") for s in data.sources)) if text]
+    out = []
+    for pattern in patterns:
+        if is_url(pattern) and is_store(pattern):
+            manifest = Remote(pattern).read(MANIFEST) or b""
+            size = sum(entry["size"] for entry in json.loads(manifest)["files"].values())
+            out.append((MANIFEST, size, hashlib.sha256(manifest).hexdigest()[:16]))
+            continue
+        folder = pathlib.Path(expand_variables(pattern))  # a token store
+        paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else expand_paths(pattern)
+        for file in paths:
+            size = file.stat().st_size
+            with open(file, "rb") as source:
+                ends = source.read(_MIB)
+                source.seek(max(0, size - _MIB))
+                ends += source.read(_MIB)
+            out.append((file.name, size, hashlib.sha256(ends).hexdigest()[:16]))
+    return out
+
+
+def check_folder(name: str, folder: str, *, shared: bool, size: int = 8 * _MIB) -> Check:
+    """Writes to a folder, reads it back, on every process; `shared`: and looks whether all see the same folder."""
+    path = pathlib.Path(folder)
+    problem, rates = "", [0.0, 0.0]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        rates = write_and_read(path, size)
+    except OSError as error:
+        problem = f"{error.strerror or error}"
+    except ValueError as error:
+        problem = str(error)
+    found = distributed.gather([platform.node(), problem, *rates])
+    for k, (host, trouble, _, _) in enumerate(found):
+        if trouble:
+            return Check(name, False, f"{folder!r} of process {k} on {host!r}: {trouble}")
+    try:
+        if shared:
+            distributed.check_shared(path)
+    except UserError as error:
+        return Check(name, False, str(error))
+    write, read = min(entry[2] for entry in found), min(entry[3] for entry in found)
+    return Check(
+        name,
+        True,
+        f"written at {write:,.0f} MiB/s and read at {read:,.0f} MiB/s by the slowest process",
+        {"write_mib_per_s": round(write, 1), "read_mib_per_s": round(read, 1)},
+    )
+
+
+def write_and_read(folder: pathlib.Path, size: int) -> list[float]:
+    """Returns MiB/s of writing a file and of reading it; raises OSError, or ValueError if it comes back wrong."""
+    path, data = folder / f".preflight-{uuid.uuid4().hex}", os.urandom(size)
+    try:
+        start = time.perf_counter()
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        wrote = time.perf_counter()
+        same = path.read_bytes() == data
+        done = time.perf_counter()
+    finally:
+        path.unlink(missing_ok=True)
+    if not same:
+        raise ValueError("a file came back other than it was written")
+    return [size / _MIB / max(wrote - start, 1e-9), size / _MIB / max(done - wrote, 1e-9)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m gpt_jax.preflight --config=NAME [--workdir=DIR]`, on every host; what `gpt-jax plan --here` calls."""
+    import argparse
+
+    from gpt_jax import cluster
+    from gpt_jax import config as configs
+    from gpt_jax.cli import quieten_libraries, split_overrides
+
+    parser = argparse.ArgumentParser(prog="python -m gpt_jax.preflight", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="", metavar="FILE|NAME", help="the run; --config.KEY=VALUE overrides a key")
+    parser.add_argument("--workdir", default="", help="the run's directory")
+    parser.add_argument("--seconds", type=float, default=60.0, help="the time there is")
+    cluster.add_arguments(parser)
+    try:
+        rest, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
+        args = parser.parse_args(rest)
+        quieten_libraries()
+        config = configs.load(args.config, overrides) if args.config else configs.resolve({}, overrides)
+        code = run_preflight(
+            config, workdir=args.workdir, seconds=args.seconds, environ=cluster.environment_of(args), log=_print
+        )
+    except UserError as error:
+        print(f"gpt-jax: {error}", file=sys.stderr)
+        code = error.exit_code
+        return distributed.leave(code)
+    return code
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Object stores: files at gs:// and s3:// URLs (file:// and memory:// too), through TensorStore's key-value drivers.
+
+What needs a real file (memory maps, tokenizers, compressed text) gets a copy in the cache, once per host, and says so.
+Credentials are the driver's own business: Google's application default credentials, AWS's environment and files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gpt_jax.errors import UserError
+
+_CHUNK = 64 << 20
+_URL = re.compile(r"(gs|s3|file|memory)://")
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Tells whether a path is an object store's URL."""
+    return _URL.match(str(path)) is not None
+
+
+def refuse_url(path: str | os.PathLike, what: str, instead: str) -> None:
+    """Raises UserError if `path` is a URL: `what` needs a local folder; `instead` is the way round."""
+    if re.match(r"\w+://", str(path)):
+        raise UserError(f"{what} is {str(path)!r}, but it needs a folder of a file system: {instead}.")
+
+
+class Remote:
+    """The objects below a URL.
+
+    Args:
+      url: of the 'folder'. context: a tensorstore.Context; one and the same shares memory://.
+
+    Raises:
+      UserError: the URL or the store cannot be used.
+    """
+
+    def __init__(self, url: str, context: Any = None) -> None:
+        import tensorstore
+
+        self.url = url.rstrip("/") + "/"
+        try:
+            self._store = tensorstore.KvStore.open(self.url, context=context).result()
+        except Exception as error:
+            raise UserError(f"cannot use {url!r}: {_first_line(error)}.") from None
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes | None:
+        """Returns an object's bytes, or those of a range of it; None if there is no such object."""
+        piece = {} if start is None else {"byte_range": slice(start, stop)}
+        result = self._do(key, self._store.read, key, **piece)
+        return bytes(result.value) if result.state == "value" else None
+
+    def write(self, key: str, data: bytes) -> None:
+        self._do(key, self._store.write, key, data)
+
+    def list(self) -> list[str]:
+        """Returns the names of all objects, sorted."""
+        return sorted(key.decode() for key in self._do("", self._store.list))
+
+    def _do(self, key: str, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return call(*arguments, **keywords).result()
+        except Exception as error:
+            raise UserError(f"cannot reach {self.url + key!r}: {_first_line(error)}.") from None
+
+    def download(self, key: str, path: pathlib.Path, size: int | None = None) -> None:
+        """Copies an object to a file, in pieces where its size is known; raises UserError if it is not there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            for start in range(0, size, _CHUNK) if size else (None,):
+                data = self.read(key, start, None if start is None else min(start + _CHUNK, size))
+                if data is None:
+                    raise UserError(f"{self.url + key!r}: no such object.")
+                file.write(data)
+
+
+def fetch_file(
+    url: str, root: pathlib.Path, log: Callable[[str], None] | None = None, context: Any = None
+) -> pathlib.Path:
+    """Returns a local copy of an object, kept in `root` by URL: a changed object needs another name.
+
+    Raises:
+      UserError: no such object.
+    """
+    from gpt_jax.data.cache import build_folder
+
+    folder, name = url.rsplit("/", 1)
+    place = root / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    if not place.is_dir() and log:
+        log(f"copying {url} to {place}")
+    build_folder(place, lambda new: Remote(folder, context).download(name, new / name), f"a copy of {url}")
+    return place / name
+
+
+def upload(folder: pathlib.Path, names: Sequence[str], remote: Remote) -> list[str]:
+    """Copies the files and folders of these names, where they are there, below a URL; returns what was copied."""
+    done = []
+    for name in names:
+        path = folder / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                key = file.relative_to(folder).as_posix()
+                remote.write(key, file.read_bytes())
+                done.append(key)
+    return done
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

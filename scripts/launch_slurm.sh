@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Trains on a SLURM cluster: makes a copy of the commit checked out here on the shared file system, installs it there,
+# and submits a job of one process per node, which SLURM queues again after a preemption.
+#
+#   scripts/launch_slurm.sh --nodes 4 --gpus 8 --time 24:00:00 --partition gpu --restarts 5 -- \
+#     gpt-jax train --config=gpt2_124m --workdir=runs/g124
+#
+#   --nodes N --gpus N       nodes, and GPUs of each (0: CPUs only)       --time T --partition P --account A   SLURM's own
+#   --restarts N             after preemptions and lost nodes (3); a mistake of yours is never retried
+#   --logs DIR               a log per process (runs/logs)                --extras E   what pip installs (cuda)
+#   --dry-run                prints the batch script and submits nothing
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+nodes=1 gpus=8 time="24:00:00" partition="" account="" restarts=3 logs="" extras="cuda" dry=""
+usage() {
+  sed -n '2,/^set -euo/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2
+  echo "launch_slurm: $1" >&2
+  exit 1
+}
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --nodes | --gpus | --time | --partition | --account | --restarts | --logs | --extras)
+      [ $# -ge 2 ] || usage "$1 needs a value."
+      printf -v "${1#--}" '%s' "$2"
+      shift 2
+      ;;
+    --dry-run) dry=1 && shift ;;
+    --) shift && break ;;
+    *) usage "unknown option $1." ;;
+  esac
+done
+[ $# -gt 0 ] || usage "no command: -- gpt-jax train ...."
+for number in nodes gpus restarts; do
+  [[ "${!number}" =~ ^[0-9]+$ ]] || usage "--$number is '${!number}'; it is a whole number."
+done
+[ "$nodes" -gt 0 ] || usage "--nodes is 0; it is at least 1."
+here="$PWD"
+logs="${logs:-$here/runs/logs}"
+commit="$(git rev-parse HEAD)"
+if [ -n "$(git status --porcelain --untracked-files=no)" ]; then
+  echo "launch_slurm: there are uncommitted changes, which would not run; commit them first." >&2
+  [ -n "$dry" ] || exit 1
+fi
+code="$here/runs/code/$commit"
+printf -v command '%q ' "$@"
+
+script() {
+  cat <<SBATCH
+#!/usr/bin/env bash
+#SBATCH --job-name=gpt_jax
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=$time
+#SBATCH --output=$logs/%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@180
+SBATCH
+  [ "$gpus" -eq 0 ] || echo "#SBATCH --gpus-per-node=$gpus"
+  [ -z "$partition" ] || echo "#SBATCH --partition=$partition"
+  [ -z "$account" ] || echo "#SBATCH --account=$account"
+  cat <<SBATCH
+set -uo pipefail
+cd "$here" || exit 1
+export PATH="$code/.venv/bin:\$PATH"
+# One process per node drives all of its GPUs. Each saves on SIGTERM and ends with 75.
+ends="$logs/\${SLURM_JOB_ID}_\${SLURM_RESTART_COUNT:-0}"
+mkdir -p "\$ends"
+# shellcheck disable=SC2016
+task='python -m gpt_jax.launch -- "\$@"; code=\$?; echo \$code >"\$0/\$SLURM_PROCID"; exit \$code'
+srun --kill-on-bad-exit=1 --output="$logs/%j_%t.log" --open-mode=append bash -c "\$task" "\$ends" $command
+code=\$?
+# srun tells the highest code, which is that of those it killed; what a process said of itself counts.
+own="\$(cat "\$ends"/* 2>/dev/null | awk '\$1 > 0 && \$1 != 75 && \$1 < 128' | head -n 1)"
+code="\${own:-\$code}"
+# 75 and signals (128 and more): preempted or lost, queued again. All else is a failure of its own, never retried.
+if [ "\$code" -eq 75 ] || [ "\$code" -ge 128 ]; then
+  if [ "\${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then
+    echo "launch_slurm: ended with \$code, queued again (restart \$((\${SLURM_RESTART_COUNT:-0} + 1)) of $restarts)"
+    scontrol requeue "\$SLURM_JOB_ID"
+    exit 0
+  fi
+  echo "launch_slurm: ended with \$code after $restarts restarts"
+fi
+exit "\$code"
+SBATCH
+}
+
+if [ -n "$dry" ]; then
+  echo "+ bash scripts/_host.sh $here $commit $code $extras"
+  echo "+ sbatch <<the script that follows"
+  script
+  exit 0
+fi
+mkdir -p "$logs"
+bash scripts/_host.sh "$here" "$commit" "$code" "$extras"
+script | sbatch

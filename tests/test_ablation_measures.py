@@ -1,0 +1,39 @@
+"""What ablations measure beside training: samples beside held-out text, masked models in the same terms."""
+
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+from helpers import params_of, tiny, tokens
+
+from gpt_jax.ablation import measures
+from gpt_jax.ablation.grid import Cell
+from gpt_jax.model import Transformer
+
+
+def test_perplexity_of_texts_under_another_model():
+    config = tiny()
+    model, params = Transformer(config), params_of(config)
+    judge = types.SimpleNamespace(model=model, params=params)
+    rows = [tokens(1, 5)[0].tolist(), tokens(1, 9, seed=1)[0].tolist(), []]
+    nll, count = 0.0, 0
+    for row in rows:
+        if row:
+            logits = model.apply({"params": params}, np.array([[36, *row[:-1]]])).logits[0]
+            nll -= float(np.sum(np.asarray(jax.nn.log_softmax(logits))[np.arange(len(row)), row]))
+            count += len(row)
+    assert measures.perplexity(judge, rows, eot=36) == pytest.approx(math.exp(nll / count), rel=1e-4)
+
+
+def test_human_text_is_cut_to_the_lengths_and_no_token_comes_twice(monkeypatch):
+    stream = np.concatenate([[0], np.arange(1, 21), [0], np.arange(21, 24), [0], np.arange(24, 60)])
+    data = types.SimpleNamespace(splits={"valid": types.SimpleNamespace(tokens=stream)})
+    monkeypatch.setattr(measures, "restore_run", lambda path: (types.SimpleNamespace(data=data), None, 0))
+    cell = Cell(0, "a", 1, None, "nowhere")
+    got = measures._human(cell, [5, 8, 3], eot=0)
+    assert [len(row) for row in got] == [5, 8, 3]
+    used = [token for row in got for token in row]
+    assert len(set(used)) == len(used) and not set(used) & {0, 21, 22, 23}
+    assert all(np.diff(row).tolist() == [1] * (len(row) - 1) for row in got)

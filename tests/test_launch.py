@@ -1,0 +1,108 @@
+"""The launcher, with processes that are a line of Python each."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gpt_jax.launch import describe, first_cause, launch, main
+
+ME = "import os, sys, time, signal; k = int(os.environ['GPT_JAX_PROCESS_ID']); "
+
+
+def python(text, **options):
+    return launch([sys.executable, "-c", ME + text], **options)
+
+
+def test_processes_are_told_their_place_and_pass_their_output_on(capfd):
+    code = python(
+        "print('I am', k, 'of', os.environ['GPT_JAX_NUM_PROCESSES'], os.environ['GPT_JAX_COORDINATOR'][:10])",
+        processes=3,
+    )
+    assert code == 0
+    out = capfd.readouterr().out.splitlines()
+    assert sorted(out) == [
+        "I am 0 of 3 127.0.0.1:",
+        "[1] I am 1 of 3 127.0.0.1:",
+        "[2] I am 2 of 3 127.0.0.1:",
+    ]
+
+
+def test_a_killed_process_is_named_the_others_end_and_the_code_is_75(capfd):
+    began = time.monotonic()
+    code = python("os.kill(os.getpid(), signal.SIGKILL) if k == 2 else time.sleep(600)", processes=4)
+    assert code == 75 and time.monotonic() - began < 30
+    err = capfd.readouterr().err.strip()
+    assert err.startswith("gpt_jax.launch: process 2 of 4 (pid ") and "\n" not in err
+    assert err.endswith(") was lost: killed by SIGKILL; the other 3 ended with it.")
+
+
+def test_a_mistake_is_never_tried_again(tmp_path, capfd):
+    code = python(f"open({str(tmp_path / 'starts')!r}, 'a').write('x'); sys.exit(1)", processes=1, restarts=5,
+                  environ=os.environ | {"GPT_JAX_PROCESS_ID": "0"})  # fmt: skip
+    assert code == 1 and (tmp_path / "starts").read_text() == "x"
+    assert "process 0 of 1 failed with exit code 1." in capfd.readouterr().err
+
+
+def test_a_mistake_of_one_ends_the_others_that_wait(capfd):
+    assert python("sys.exit(3) if k == 1 else time.sleep(600)", processes=2, restarts=2) == 3
+    assert "process 1 of 2 failed with exit code 3; the other 1 ended with it." in capfd.readouterr().err
+
+
+def test_75_is_tried_again_as_often_as_allowed(tmp_path, capfd):
+    starts = str(tmp_path / "starts")
+    again = f"open({starts!r}, 'a').write('x'); n = len(open({starts!r}).read()); "
+    environ = os.environ | {"GPT_JAX_PROCESS_ID": "0"}
+    assert python(again + "sys.exit(75 if n < 3 else 0)", restarts=5, environ=environ, pause=0) == 0
+    assert (tmp_path / "starts").read_text() == "xxx"
+    assert "4 restarts left" in capfd.readouterr().err
+    os.remove(starts)
+    assert python(again + "sys.exit(75)", restarts=2, environ=environ, pause=0) == 75
+    assert (tmp_path / "starts").read_text() == "xxx"
+
+
+def test_those_that_the_runtime_aborts_are_not_named():
+    aborted, killed = (0, -signal.SIGABRT), (3, -signal.SIGKILL)
+    assert first_cause([aborted, (1, 134), killed]) == killed
+    assert first_cause([aborted, (2, 1)]) == (2, 1)  # a mistake that another followed
+    assert first_cause([(2, 1), killed]) == killed  # a loss that another stumbled over
+    assert first_cause([(0, 75), aborted]) == aborted
+    assert describe(-9) == describe(137) == "killed by SIGKILL" and describe(3) == "exit code 3"
+
+
+def test_a_file_per_process_and_the_terminal_has_process_0(tmp_path, capfd):
+    assert python("print('hello', k); print('oh', k, file=sys.stderr)", processes=2, logs=tmp_path) == 0
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("hello 0\n", "oh 0\n")
+    assert sorted((tmp_path / "process_1.log").read_text().splitlines()) == ["hello 1", "oh 1"]
+
+
+def test_sigterm_goes_to_the_processes_and_no_restart_follows(tmp_path):
+    child = ME + (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        f"open({str(tmp_path)!r} + f'/{{k}}', 'a').write('x'); time.sleep(600)"
+    )
+    command = ["-m", "gpt_jax.launch", "--processes", "2", "--restarts", "3", "--", sys.executable, "-c", child]
+    process = subprocess.Popen([sys.executable, *command], env=os.environ)
+    while len([p for p in tmp_path.iterdir() if p.read_text()]) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert [(tmp_path / k).read_text() for k in "01"] == ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "2"], "no command"),
+        (["--processes", "0", "--", "true"], "--processes is 0"),
+        (["--", "/nonexistent/command"], "cannot start '/nonexistent/command'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capfd):
+    assert main(arguments) == 1
+    assert message in capfd.readouterr().err

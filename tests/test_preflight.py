@@ -1,0 +1,175 @@
+"""The pre-flight: single checks here, and the whole of it with four processes of which one is wrong."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gpt_jax import device_checks, preflight
+from gpt_jax.config import resolve
+from gpt_jax.device_checks import check_matmul, check_memory, measure_collective
+from gpt_jax.preflight import check_data, check_devices, odd_ones, run_preflight
+from gpt_jax.sharding import make_mesh
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def flight(tmp_path, **settings):
+    lines = []
+    code = run_preflight(resolve(settings), workdir=str(tmp_path / "run"), environ={}, log=lines.append)
+    return code, lines, json.loads(lines[-1])
+
+
+def test_all_is_well_on_this_machine(tmp_path):
+    code, lines, result = flight(tmp_path, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    assert code == 0 and result["ok"] and result["seconds"] < 60
+    checks = result["checks"]
+    assert checks["devices"]["devices"] == 8 and checks["processes"]["processes"] == 1
+    assert {name for name in checks if name.startswith("all-")} == {
+        f"{kind} {axis}" for kind in ("all-reduce", "all-gather") for axis in ("data", "fsdp", "tensor")
+    }
+    assert checks["all-reduce fsdp"]["ok"] and checks["all-reduce fsdp"]["gb_per_s"] > 0
+    assert checks["workdir"]["write_mib_per_s"] > 0 and checks["matmul"]["flops_per_s"][7] > 1e6
+    assert not list((tmp_path / "run").iterdir())
+    assert lines[0].startswith("ok     processes            1 on 1 host, ")
+
+
+def test_what_is_wrong_is_named_and_the_code_is_1(tmp_path):
+    (tmp_path / "run").write_text("a file where the workdir should be")
+    code, lines, result = flight(
+        tmp_path, distributed={"devices": 16, "device_kind": "v5p"}, data={"path": str(tmp_path / "missing.txt")}
+    )
+    assert code == 1 and result["wrong"] == ["device kind", "devices", "data", "workdir"]
+    shown = "\n".join(lines)
+    assert "WRONG  device kind          process 0 on " in shown and "has 'cpu'" in shown
+    assert "8, expected 16" in shown and "missing.txt': no such file" in shown
+
+
+def test_a_collective_that_gives_wrong_numbers_is_noticed(monkeypatch):
+    mesh = make_mesh(data=2, fsdp=4)
+    assert measure_collective(mesh, "fsdp", "all-reduce", repeats=1).ok
+    right = jax.lax.psum
+    monkeypatch.setattr(jax.lax, "psum", lambda x, axis: right(x, axis) + (jax.lax.axis_index(axis) == 2))
+    check = measure_collective(mesh, "fsdp", "all-reduce", repeats=1)
+    assert check.ok is False and "wrong numbers on process 0 on " in check.found
+
+
+def test_too_little_memory_is_said():
+    assert check_memory(1 << 60).ok is False and "needed" in check_memory(1 << 60).found
+    assert check_memory(1).ok and check_memory(0).ok is None
+
+
+def test_the_odd_one_is_the_one_that_differs_from_most():
+    assert odd_ones(["a", "a", "b", "a"]) == [2]
+    assert odd_ones([1, 2]) == [1]
+    assert odd_ones([3, 3]) == []
+
+
+def test_the_data_are_compared_by_their_content(tmp_path, monkeypatch):
+    for host, last in (("a", b"x"), ("b", b"y")):
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "text.txt").write_bytes(b"-" * 3_000_000 + last)
+    found = [preflight.data_files(resolve({"data": {"path": str(tmp_path / h / "*.txt")}}).data) for h in "ab"]
+    assert [entry[0][:2] for entry in found] == [("text.txt", 3_000_001)] * 2
+    assert found[0][0][2] != found[1][0][2]
+    prints = [preflight.distributed.fingerprint(f) for f in found]
+    rows = [["h0", prints[0], 1, ""], ["h1", prints[0], 1, ""], ["h2", prints[1], 1, ""]]
+    monkeypatch.setattr(preflight.distributed, "gather", lambda value: rows)
+    check = check_data(resolve({"data": {"path": str(tmp_path / "a" / "*.txt")}}).data)
+    assert check.ok is False and "the files of process 2 on 'h2' are not those of the others" in check.found
+
+
+def test_a_host_with_other_devices_is_named(monkeypatch):
+    rows = [["h0", ["TPU v5p"], 4], ["h1", ["TPU v5p"], 4], ["h2", ["TPU v4"], 3]]
+    monkeypatch.setattr(preflight.distributed, "gather", lambda value: rows)
+    kind, number = check_devices(12, "")
+    assert not kind.ok and "process 2 on 'h2' has 'TPU v4'" in kind.found
+    assert not number.ok and number.found == "11, expected 12; process 2 on 'h2' has 3"
+
+
+def test_the_time_that_there_is_is_kept_to(tmp_path):
+    lines = []
+    code = run_preflight(resolve({}), environ={}, seconds=1e-6, log=lines.append)
+    assert code == 0 and "the rest was left out" in lines[0] and len(lines) == 2
+
+
+def test_a_slow_device_is_named(monkeypatch):
+    rates = iter([1e14] * 7 + [1e13])
+    device = type("Device", (), {"platform": "tpu", "device_kind": "TPU v4"})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device] * 8)
+    monkeypatch.setattr(device_checks, "matmul_rate", lambda device, size: next(rates))
+    check = check_matmul()
+    assert check.ok is False and "device 7 at 10" in check.found and check.found.count("process 0") == 4  # of 275: far
+    monkeypatch.setattr(device_checks, "matmul_rate", lambda device, size: 2e14)
+    assert check_matmul().ok
+
+
+def test_state_needs_what_its_parameters_do():
+    config = resolve({"model": {"vocab_size": 256, "max_positions": 64, "d_model": 64, "num_layers": 2}})
+    from gpt_jax.model.config import count_parameters
+
+    assert preflight.state_bytes(config) == count_parameters(config.model) * 16 // 8
+    assert preflight.state_bytes(resolve({})) == 0
+
+
+def test_a_mesh_that_cannot_be_is_named(tmp_path):
+    code, lines, result = flight(tmp_path, mesh={"tensor": 3, "fsdp": 1})
+    assert code == 1 and result["wrong"] == ["collectives"]
+    assert any("WRONG  collectives" in line and "does not make up the 8 devices" in line for line in lines)
+
+
+# ---- four processes
+
+
+def four(script, tmp_path):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "gpt_jax.launch", "--processes", "4", "--", "bash", "-c", script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def command(tmp_path, more=""):
+    flags = f"--workdir={tmp_path}/run --config.mesh.tensor=2 --config.data.path={tmp_path}/text.txt"
+    return f"exec {sys.executable} -m gpt_jax.preflight {flags} {more}"
+
+
+@pytest.mark.slow
+def test_four_processes_pass(tmp_path):
+    (tmp_path / "text.txt").write_text("hello\n" * 100)
+    done = four(command(tmp_path, "--config.distributed.devices=4"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["ok"] and result["checks"]["processes"]["processes"] == 4
+    assert result["seconds"] < 60
+    assert all(
+        result["checks"][f"{kind} {axis}"]["ok"] for kind in ("all-reduce", "all-gather") for axis in ("fsdp", "tensor")
+    )
+    assert sum(line.startswith("ok     devices") for line in done.stdout.splitlines()) == 1  # process 0 alone speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("export XLA_FLAGS=--xla_force_host_platform_device_count=2", "process 2 on 'HOST' has 2"),
+        ("rm -rf X; mkdir X; cd X; echo other > text.txt; DATA=--config.data.path=$PWD/text.txt", "the config differs"),
+        ("WORKDIR=--workdir=/dev/null/run", "--workdir differs: process 2 on 'HOST' has \"/dev/null/run\""),
+    ],
+    ids=["devices", "config", "workdir"],
+)
+def test_one_of_four_is_wrong_and_is_named(tmp_path, wrong, message):
+    (tmp_path / "text.txt").write_text("hello\n" * 100)
+    script = f"cd {tmp_path}; if [ $GPT_JAX_PROCESS_ID = 2 ]; then {wrong}; fi; " + command(
+        tmp_path, "--config.distributed.devices=4 $DATA $WORKDIR"
+    )
+    done = four(script, tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert message.replace("HOST", os.uname().nodename) in done.stdout + done.stderr
+    assert "process 2 on" in done.stdout + done.stderr and "Traceback" not in done.stderr
