@@ -5,10 +5,12 @@ The step is the real one (`run.make_step`), from shapes: no parameter and no dat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -135,7 +137,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         * model_flops_per_token(params, config.model.num_layers, config.model.d_model, config.context_length),
     )
     try:
-        with step.context():
+        with step.context(), without_cache():
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         used = used_bytes(str(error))
@@ -167,6 +169,21 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         compile_s=seconds,
         program=True,
     )
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """Keeps programs out of jax's compilation cache: one for a machine that is not here cannot be loaded from it."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def count_params(step: TrainStep, config: Config) -> int:

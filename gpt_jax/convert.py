@@ -7,6 +7,7 @@ parameter is read from where it lies in the files, and in the other direction on
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -275,7 +276,10 @@ def to_hf(
         raise UserError(f"--to-hf is {str(folder)!r}, which is not an empty folder.")
     checkpoints, found = find_checkpoint(workdir, step)
     metadata = read_metadata(checkpoints, found)
-    model, tokenizer = resolve(metadata["config"]).model, tokenizer_of(metadata)
+    config, tokenizer = resolve(metadata["config"]), tokenizer_of(metadata)
+    model = config.model
+    if model.positions != "learned":  # theirs say how long a text the model was trained on, ours only bounds a table
+        model = dataclasses.replace(model, max_positions=max(model.max_positions, config.context_length))
     read, model = _reader(checkpoints, found, weights, model)
     family = family_of(model)
     layout = _layout(model, family)

@@ -68,7 +68,7 @@ class Collective:
     """A collective of the program.
 
     Attributes:
-      kind: all-gather, ... count: how often it runs in a step.
+      kind: all-gather, ..., or "send to other slices". count: how often it runs in a step.
       bytes: what a device sends in all those runs, by a ring (all-gather: (n-1)/n of the result; all-reduce: twice
         that; reduce-scatter, all-to-all: (n-1)/n of the operand; permute: the operand).
       group: devices that take part together. far: whether a group reaches beyond the fast network.
@@ -110,7 +110,11 @@ def read_program(text: str, *, domains: Sequence[int], trips: int = 1) -> Progra
         table = {i.name: i for i in instructions}
         for i in instructions:
             kind = i.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
+            if kind == "send" and "megascale" in i.rest:  # between TPU slices a host sends for each chip
+                size = sum(_all_bytes(table[o].type) for o in i.operands if o in table)
+                sent = Collective("send to other slices", reached[name], reached[name] * size, 2, True)
+                found[kind, f"{name}/{i.name}"] = sent
+            elif kind in _COLLECTIVES:
                 if kind == "all-reduce" and "all-reduce-scatter" in name:
                     kind = "reduce-scatter"  # as TPUs write it: the sum, and the slice that is kept
                 one = _collective(kind, i, table, reached[name], domains)

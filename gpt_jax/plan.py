@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from gpt_jax import cluster
 from gpt_jax import config as configs
 from gpt_jax.ahead import USABLE, Compiled, compile_step
 from gpt_jax.config import Config
@@ -36,6 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(h100:128x8); chips: {', '.join(CHIPS)}",
     )
     where.add_argument("--devices", type=int, default=0, metavar="N", help="simulated devices of this CPU instead")
+    where.add_argument(
+        "--here",
+        action="store_true",
+        help="pre-flight instead, on every host: devices, versions, config and data, memory, speeds, folders",
+    )
+    parser.add_argument("--workdir", default="", help="--here: the run's directory, to write to and read from")
+    parser.add_argument("--seconds", type=float, default=60.0, help="--here: the time there is")
+    cluster.add_arguments(parser)
     parser.add_argument("--max-batch", action="store_true", help="search the largest batch that fits")
     parser.add_argument("--no-advice", action="store_true", help="do not search what would fit when this does not")
     parser.add_argument("--json", action="store_true", help="print one JSON line, nothing else")
@@ -44,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
     config = configs.load(args.config, overrides)
+    if args.here:
+        from gpt_jax.preflight import run_preflight
+
+        environ = cluster.environment_of(args)
+        return run_preflight(config, workdir=args.workdir, seconds=args.seconds, environ=environ)
     machine = machine_of(args.topology, args.devices, config)
     say = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     compiled = compile_step(config, machine)

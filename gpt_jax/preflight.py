@@ -8,7 +8,6 @@ is odd. Under a minute: what does not fit into the time is left out and said so.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any
 from gpt_jax import distributed
 from gpt_jax.device_checks import Check, check_collectives, check_matmul, check_memory
 from gpt_jax.errors import UserError
+from gpt_jax.sharding import AXES
 
 _MIB = 1 << 20
 
@@ -99,7 +99,8 @@ def run_preflight(
 
 
 def mesh_sizes(config: Any) -> dict[str, int]:
-    return {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "rules"}
+    """The mesh of a config, its axes alone."""
+    return {axis: getattr(config.mesh, axis) for axis in AXES}
 
 
 def state_bytes(config: Any) -> int:

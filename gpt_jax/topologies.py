@@ -134,6 +134,7 @@ def _tpu_devices(name: str, slices: int) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask for a TPU
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks a TPU that is not there; several may compile
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # a chip is one device, as the other kinds have it anyway

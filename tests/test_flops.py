@@ -77,7 +77,8 @@ def test_a_train_step_has_three_times_the_products_of_its_forward_pass(unroll):
     assert counted == pytest.approx(formula, rel=0.02)
 
 
-def test_remat_adds_the_forward_pass_of_the_layers_once():
+def test_remat_adds_the_forward_pass_of_the_layers_once_but_for_its_last_product():
     plain, model = step_flops()
     again = step_flops(remat="full")[0] - plain
-    assert again == pytest.approx(layers_forward(model), rel=0.02)
+    unused = model.num_layers * 48 * 2 * model.ff_size * model.d_model  # nothing needs the output of "down" again
+    assert again == pytest.approx(layers_forward(model) - unused, rel=0.02)

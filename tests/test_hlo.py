@@ -111,6 +111,17 @@ def test_a_tpu_program_says_its_trips_by_its_condition_and_spreads_one_collectiv
     assert one.bytes == 12 * 3 * 16
 
 
+def test_what_a_host_sends_to_other_slices_is_beyond_the_slice():
+    head, tail = TEXT.split("  %f = f32[4]")
+    send = (
+        "  %after = token[] after-all()\n  %s = (f32[4]{0:T(128)}, u32[], token[]) send(%x, %after), channel_id=3, "
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}\n'
+    )
+    found = hlo.read_program(f"{head}{send}  %f = f32[4]{tail}", domains=(0, 1) * 4)
+    (one,) = [c for c in found.collectives if c.far]
+    assert (one.kind, one.count, one.bytes) == ("send to other slices", 12, 12 * 16)
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

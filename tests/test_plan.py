@@ -143,13 +143,23 @@ ON_CHIPS = {"model.dtype": "bfloat16", "context_length": "256", "batch_size": "1
 def test_a_train_step_compiles_for_a_tpu(capsys, topology):
     result, _ = plan(capsys, "--topology", topology, **ON_CHIPS, **{"mesh.tensor": "2"})
     assert result["chips"] == 8 and result["fits"] is True and 0 < result["mfu_bound"] < 1
-    assert result["collective_bytes"] > 0 and result["unknown_loops"] == 0
+    assert result["unknown_loops"] == 0 and result["roofline_s"]["network"] == 0
+    assert result["collective_bytes"] > 2 * 2 * result["params"] / 2 * 3 / 4  # bf16 weights to each, and gradients back
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_crosses_slices_is_told_apart(capsys):
+    keys = ON_CHIPS | {"mesh.slices": "2", "mesh.data": "2", "model.attention": "blocks"}
+    result, out = plan(capsys, "--topology", "v5e:2x2", **keys)
+    assert result["chips"] == 8 and result["topology"] == "2*v5e:2x2" and "data 2 x fsdp 4" in out
+    assert result["roofline_s"]["network"] > 0 and result["roofline_s"]["link"] > 0
 
 
 @needs_cuda
 @pytest.mark.slow
 def test_a_train_step_compiles_for_gpus(capsys):
-    result, out = plan(capsys, "--topology", "h100:2x4", **ON_CHIPS, **{"mesh.tensor": "4"})
+    result, out = plan(capsys, "--topology", "h100:2x4", **ON_CHIPS, **{"mesh.tensor": "4", "model.num_heads": "4"})
     assert result["chips"] == 8 and result["fits"] is True and 0 < result["mfu_bound"] < 1
     assert result["roofline_s"]["network"] > 0  # two hosts
     assert "attention chunks" in out

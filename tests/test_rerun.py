@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import params_of, text_batch, tiny
+from toys import Bigram
 
 from gpt_jax import cli
 from gpt_jax.config import resolve
@@ -15,9 +16,10 @@ from gpt_jax.forensics.spikes import Watch, build_examine
 from gpt_jax.metrics import MetricsWriter
 from gpt_jax.model import Transformer
 from gpt_jax.objectives.causal_lm import CausalLM
+from gpt_jax.objectives.compose import Mixture
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh
-from gpt_jax.step import build_train_step, gradients
+from gpt_jax.step import build_train_step, gradients, row_keys
 from gpt_jax.train import train
 from gpt_jax.workdir import Workdir
 
@@ -171,3 +173,24 @@ def test_losses_of_rows_and_norms_of_layers_are_those_of_each_row_alone():
     kernel = np.asarray(grads["model"]["layers"]["block_0"]["mlp"]["up"]["kernel"])
     expected = np.sqrt((kernel**2).sum((1, 2)))
     np.testing.assert_allclose(shown["gradient_norms"]["model/layers/block_0/mlp/up/kernel"], expected, rtol=1e-4)
+
+
+def test_rows_of_a_mixture_are_told_by_part_and_term():
+    objective = Mixture({"a": Bigram(), "b": Bigram()}, {"a": 1.0, "b": 2.0}, {"a": 6, "b": 2})
+    batch = {
+        "a": text_batch(rows=6, length=10, vocab=16),
+        "b": text_batch(rows=2, length=10, vocab=16, seed=1),
+    }
+    spec, mesh = objective.batch_spec(8, 10), make_mesh(devices=jax.devices()[:1])
+    step = build_train_step(objective, make_optimizer("adamw", 1e-3), spec, mesh=mesh)
+    params = step.init(0).all_params
+    shown = build_examine(step, seed=1)(params, batch, 0)
+    keys = row_keys(1, 0, np.arange(6))
+    weights = objective.weights(objective.prepare(batch, keys, jax.numpy.asarray(0)))
+    assert set(shown["rows"]) == {"a/weights/lm", "a/weights/some", "b/weights/lm", "b/weights/some"}
+    total = 0.0
+    for name, coef in objective.coefs.items():
+        part, _, term = name.partition("/")
+        w = np.asarray(weights[name]).sum(1)
+        total += coef * np.sum(shown["rows"][f"{part}/weights/{term}"] * w) / w.sum()
+    assert shown["loss"] == pytest.approx(float(total), rel=1e-5)

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.checkpoint import find_checkpoint, list_steps, restore, restore_frozen
-from gpt_jax.data import Loader
-from gpt_jax.data.loader import global_batch
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
 from gpt_jax.forensics.rerun import differences, open_recorded
@@ -72,11 +70,12 @@ def replay(workdir: str, step: int, *, always_trace: bool = False) -> dict[str, 
     if not 1 <= step <= run.config.steps:
         raise UserError(f"--step is {step}; the run has steps 1 to {run.config.steps}.")
     state, start = state_before(run, workdir, step)
-    with Loader(run.data.train, run.step.batch_shardings, start, step - 1) as loader:
-        for _, batch in loader:
+    with run.loader(lambda: state.all_params, start, lambda line: None, stop=step) as loader:
+        for index, batch in loader:
+            if index == step - 1:
+                break
             state, _ = run.step(state, batch)
     before = jax.tree.map(jnp.copy, state)  # the step donates its state
-    batch = global_batch(run.data.train, step - 1, run.step.batch_shardings)
     after, metrics = run.step(state, batch)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     row = recorded.get(step, {})

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 
 from gpt_jax.config import resolve
-from gpt_jax.data import Loader
 from gpt_jax.errors import UserError
 from gpt_jax.forensics.spikes import jsonable
 from gpt_jax.metrics import read_rows
@@ -65,7 +64,7 @@ def rerun(workdir: str, steps: int) -> dict[str, Any]:
         raise UserError(f"{workdir!r} has recorded no step up to {steps}: there is nothing to compare with.")
     state = initial_state(run, lambda line: None)
     compared, first, largest = 0, None, 0.0
-    with Loader(run.data.train, run.step.batch_shardings, 0, last) as loader:
+    with run.loader(lambda: state.all_params, 0, lambda line: None, stop=last) as loader:
         for index, batch in loader:
             state, metrics = run.step(state, batch)
             found = differences(rows.get(index + 1, {}), metrics)
