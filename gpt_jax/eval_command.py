@@ -171,13 +171,12 @@ def open_scorer(
     Raises:
       UserError: no run; one whose objective does not teach it to continue a text; an override of something else.
     """
-    import dataclasses
-
     from gpt_jax.config import resolve, to_dict
     from gpt_jax.loading import load
     from gpt_jax.objectives.base import objective_class
+    from gpt_jax.run import mesh_of
     from gpt_jax.score import Scorer
-    from gpt_jax.sharding import DEFAULT_RULES, make_mesh
+    from gpt_jax.sharding import DEFAULT_RULES
 
     for key in overrides:
         if not key.startswith("mesh."):
@@ -188,10 +187,9 @@ def open_scorer(
         raise UserError(
             f"the run in {workdir!r} has the objective {name!r}, which does not teach it to continue a text."
         )
-    mesh_config = resolve(to_dict(loaded.config), overrides).mesh
-    sizes = {axis: size for axis, size in dataclasses.asdict(mesh_config).items() if axis != "rules"}
-    rules = (*mesh_config.rules, *DEFAULT_RULES)
-    scorer = Scorer(loaded.model, loaded.params, loaded.tokenizer, mesh=make_mesh(sizes), rules=rules, **settings)
+    config = resolve(to_dict(loaded.config), overrides)
+    mesh, rules = mesh_of(config), (*config.mesh.rules, *DEFAULT_RULES)
+    scorer = Scorer(loaded.model, loaded.params, loaded.tokenizer, mesh=mesh, rules=rules, **settings)
     return loaded, scorer
 
 

@@ -62,8 +62,7 @@ class RolloutSource:
         self.size = self.rows_per_batch * self.every // objective.rollout_epochs
         self.rewards = make_rewards(objective.rewards)
         self.perf: dict[str, float] = {}
-        self._rows: dict[str, np.ndarray] = {}
-        self._number = -1
+        self.rollouts: dict[int, dict[str, np.ndarray]] = {}  # the last two, by number: one may yet be looked back at
         self._score: Any = None
         if source.order.schedule or source.order.skip:
             raise UserError("policy_gradient takes neither batch_schedule nor data.skip: its batches are rollouts.")
@@ -91,13 +90,13 @@ class RolloutSource:
         return self.rows_per_batch
 
     def rows(self, step: int, rows: slice) -> dict[str, np.ndarray]:
-        """Returns rows [start:stop) of the batch of a step, which the last rollout must serve."""
-        if step // self.every != self._number:
-            raise RuntimeError(f"step {step} is not served by rollout {self._number}: call refresh first.")
-        places = self.order(step)[rows]
-        return {name: values[places] for name, values in self._rows.items()}
+        """Returns rows [start:stop) of the batch of a step, which one of the last two rollouts must serve."""
+        if step // self.every not in self.rollouts:
+            raise RuntimeError(f"no rollout serves step {step}: call refresh first.")
+        places = self.places(step)[rows]
+        return {name: values[places] for name, values in self.rollouts[step // self.every].items()}
 
-    def order(self, step: int) -> np.ndarray:
+    def places(self, step: int) -> np.ndarray:
         """Returns which answers of its rollout a step trains on: in an epoch each once, in an order of its own."""
         first = step % self.every * self.rows_per_batch
         epochs, places = np.divmod(first + np.arange(self.rows_per_batch), self.size)
@@ -145,7 +144,7 @@ class RolloutSource:
         rows |= self._scores(params, rows, train_step)
         difference = rows["target_weights"] * (rows["behaviour_logprobs"] - rows["reference_logprobs"])
         rows["group_kl"] = np.repeat(difference.sum(1).reshape(-1, group), group, axis=0).astype(np.float32)
-        self._rows, self._number = rows, number
+        self.rollouts = {n: kept for n, kept in self.rollouts.items() if n == number - 1} | {number: rows}
         seconds, tokens = time.perf_counter() - started, sum(map(len, answers.ids))
         self.perf = {"perf/rollout_tokens_per_s": tokens / seconds, "perf/rollout_s": seconds}
         shown = f"{owners[0][1].source[-40:]}|{answers.texts[0][:60]}".replace("\n", "\\n")

@@ -63,15 +63,21 @@ class Run:
         """Steps between two at which the run may be continued: above 1 where batches are made by its parameters."""
         return segment_of(self.data.train)
 
-    def loader(self, params: Callable[[], Any], start: int, log: Callable[[str], None]) -> Loader:
-        """Training batches from step `start` on; `params` gives the current ones to a source that sees them."""
-        source, config = self.data.train, self.config
-        placed, prefetch = self.step.batch_shardings, config.data.prefetch
-        if self.segment == 1 and not refreshed(source):
-            return Loader(source, placed, start, config.steps, prefetch=prefetch)
+    def loader(
+        self, params: Callable[[], Any], start: int, log: Callable[[str], None], stop: int | None = None
+    ) -> Loader:
+        """Training batches of the steps from `start` to before `stop` (None: the run's end).
+
+        Args:
+          params: gives the current parameters to a source that sees them. log: takes its lines.
+        """
+        source, prefetch = self.data.train, self.config.data.prefetch
+        stop = self.config.steps if stop is None else stop
+        if not refreshed(source):
+            return Loader(source, self.step.batch_shardings, start, stop, prefetch=prefetch)
         from gpt_jax.rollout import RolloutLoader
 
-        return RolloutLoader(source, self.step, params, start, config.steps, prefetch=prefetch, log=log)
+        return RolloutLoader(source, self.step, params, start, stop, prefetch=prefetch, log=log)
 
 
 def refreshed(source: Any) -> list[Any]:

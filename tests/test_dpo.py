@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from bandit import ARMS, EOT, REWARDS, Table, params_of, policy_of, tilted, total_variation
-from helpers import tiny
+from helpers import apply_of, tiny
 from training import train
 
 from gpt_jax.cli import main
@@ -71,10 +71,11 @@ def test_the_loss_is_that_of_the_answers_log_probabilities_one_token_after_anoth
     model = Transformer(CONFIG)
 
     def log_p(root, prompt, answer):
-        ids = np.array([[TOKENIZER.eot, *prompt.encode(), *answer.encode(), TOKENIZER.eot]], np.int32)
-        logits = np.asarray(model.apply({"params": params[root]}, ids[:, :-1]).logits[0], np.float64)
+        ids = [TOKENIZER.eot, *prompt.encode(), *answer.encode(), TOKENIZER.eot]
+        padded = np.array([ids[:-1] + [0] * (16 - len(ids))], np.int32)  # what comes after is not seen
+        logits = np.asarray(apply_of(CONFIG)(params[root], padded).logits[0], np.float64)
         table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        return sum(table[t, ids[0, t + 1]] for t in range(len(prompt), ids.shape[1] - 1))
+        return sum(table[t, ids[t + 1]] for t in range(len(prompt), len(ids) - 1))
 
     margins = []
     for prompt, chosen, rejected in PAIRS:
@@ -172,6 +173,16 @@ def test_the_embedded_pairs_are_spoilt_docstrings():
     assert len(train_) > 100 and not {e.prompt for e in train_} & {e.prompt for e in valid}
     assert all(e.chosen != e.rejected and e.chosen.strip() and e.rejected.strip() for e in train_)
     assert task.examples("train") == train_
+
+
+def test_pairs_of_ones_own_are_a_table(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("q\tgood\tbad\n1 + 1?\t2\t3\nsame?\tyes\tyes\n")
+    columns = {"prompt": "Q: {q}", "chosen": "{good}", "rejected": "{bad}"}
+    spec = {"name": "preferences", "train": str(path), "hold_out": 0, **columns}
+    assert load_task(spec, malformed="skip").examples("train") == [Preference("Q: 1 + 1?", "2", "3", where=f"{path}:2")]
+    with pytest.raises(UserError, match="pairs.tsv:3: the chosen and the rejected answer are the same"):
+        load_task(spec).examples("train")
 
 
 def test_mistakes_are_named(tmp_path, capsys):

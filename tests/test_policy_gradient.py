@@ -327,6 +327,7 @@ def test_values_are_those_of_numpy():
     assert found["reward"] == pytest.approx(own.mean(), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [ALL[1], (("algorithm", "reinforce"), ("mask", "prefix"))])
 def test_it_keeps_the_contract(options):
     config = tiny(dropout=0.1)

@@ -82,7 +82,7 @@ def test_rewards_are_those_of_the_answers_and_their_groups(served):
     source, _ = served
     owners = [example for _, example in source.examples(1) for _ in range(4)]
     texts = collections.Counter()
-    rows = {name: source._rows[name] for name in source._rows}
+    rows = source.rollouts[1]
     for i, example in enumerate(owners):
         ids = rows["targets"][i][rows["target_weights"][i] > 0].tolist()
         text = TOKENIZER.decode([t for t in ids if t != TOKENIZER.eot])
@@ -98,10 +98,10 @@ def test_rewards_are_those_of_the_answers_and_their_groups(served):
 def test_every_answer_is_served_once_an_epoch():
     for epochs in (1, 2):
         source = source_of(rollout_every=4, rollout_epochs=epochs)
-        places = np.concatenate([source.order(step) for step in range(4, 8)])
+        places = np.concatenate([source.places(step) for step in range(4, 8)])
         assert sorted(collections.Counter(places.tolist()).values()) == [epochs] * source.size
         assert source.size == 8 * 4 // epochs
-    assert source.order(4).tolist() != source.order(8).tolist()
+    assert source.places(4).tolist() != source.places(8).tolist()
 
 
 def test_all_prompts_come_before_any_comes_twice():
@@ -137,7 +137,7 @@ def test_the_sampler_draws_from_the_policy_at_its_temperature():
     step = step_of(source)
     other = params_of(CONFIG, seed=1)
     source.refresh(0, {"model": params_of(CONFIG), "reference": other}, step)
-    rows = source._rows
+    rows = source.rollouts[0]
     for i in (0, 9):
         answer = rows["target_weights"][i] > 0
         prompt = rows["tokens"][i, : answer.argmax() + 1].tolist()
@@ -204,6 +204,16 @@ def test_a_run_asked_to_stop_stops_between_rollouts(tmp_path, monkeypatch):
     objective = TINY["objective"] | {"rollout_every": 4}
     summary = train(resolve(TINY | {"objective": objective}), str(tmp_path), log=quiet)
     assert summary["step"] == 4 and summary["exit_code"] == 75
+
+
+@pytest.mark.slow
+def test_a_step_of_a_run_is_replayed_with_its_rollout(tmp_path):
+    from gpt_jax.forensics.replay import replay
+
+    train(resolve(TINY | {"log": {"tensorboard": False, "spike_z": 0.01}}), str(tmp_path), log=quiet)
+    found = replay(str(tmp_path), 7)  # the first step of the second rollout after the checkpoint of step 4
+    assert found["same"] is True and found["from"] == 4
+    assert np.ptp(found["rows"]["weights/policy"]) > 0  # the loss of each row
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def replay(workdir: str, step: int, *, always_trace: bool = False) -> dict[str, 
     if not 1 <= step <= run.config.steps:
         raise UserError(f"--step is {step}; the run has steps 1 to {run.config.steps}.")
     state, start = state_before(run, workdir, step)
-    with run.loader(lambda: state.all_params, start, lambda line: None) as loader:
+    with run.loader(lambda: state.all_params, start, lambda line: None, stop=step) as loader:
         for index, batch in loader:
             if index == step - 1:
                 break

@@ -64,7 +64,7 @@ def rerun(workdir: str, steps: int) -> dict[str, Any]:
         raise UserError(f"{workdir!r} has recorded no step up to {steps}: there is nothing to compare with.")
     state = initial_state(run, lambda line: None)
     compared, first, largest = 0, None, 0.0
-    with run.loader(lambda: state.all_params, 0, lambda line: None) as loader:
+    with run.loader(lambda: state.all_params, 0, lambda line: None, stop=last) as loader:
         for index, batch in loader:
             state, metrics = run.step(state, batch)
             found = differences(rows.get(index + 1, {}), metrics)
@@ -72,8 +72,6 @@ def rerun(workdir: str, steps: int) -> dict[str, Any]:
             for name, then, now in found:
                 first = first or {"step": index + 1, "name": name, "then": then, "now": now}
                 largest = max(largest, _relative(then, now))
-            if index + 1 == last:
-                break
     result = {"steps": last, "same": first is None, "compared": compared}
     if first is not None:
         result |= {"first_difference": first, "largest_relative": largest}

@@ -150,8 +150,13 @@ def _one(eqn: Any, inputs: list, name: str, repetition: int | None, walk: _Walk)
         return _evaluate(branch.jaxpr, consts, inputs[1:], name, repetition, walk)
     parameters = eqn.primitive.get_bind_params(eqn.params)
     functions, parameters = parameters if isinstance(parameters, tuple) else ((), parameters)  # other versions of jax
-    with eqn.ctx.manager:
-        result = eqn.primitive.bind(*functions, *(value for value, _ in inputs), **parameters)
+
+    def run(*values: Any) -> Any:
+        with eqn.ctx.manager:
+            return eqn.primitive.bind(*functions, *values, **parameters)
+
+    # What devices do by themselves is made for a mesh that exists only inside a compiled program.
+    result = (jax.jit(run) if primitive == "shard_map" else run)(*(value for value, _ in inputs))
     results = list(result) if eqn.primitive.multiple_results else [result]
     walk.order += 1
     before = walk.first([origin for _, origin in inputs])

@@ -198,13 +198,14 @@ class PolicyGradient(Objective):
             gain, outside = jnp.minimum(gain, near * A_B[:, None]), (near != ratio).astype(jnp.float32)
         # A ratio of the whole answer is one value; where all tokens count alike it stands for each of them.
         once = self.ratio == "sequence" and self.length != "token"
-        sums = {"policy": -jnp.sum(gain * (batch["used"][:, None] if once else share))}
+        weights = batch["weights"]
+        sums = {"policy": -_weighted(weights["policy"], gain, jnp.ones_like(gain) if once else share)}
         k3 = jnp.zeros_like(logp)
         if self.has_reference:
             d = mask * (batch["reference_logprobs"] - logp)
             k3 = jnp.exp(d) - d - 1.0
             if "kl" in self.coefs:
-                sums["kl"] = jnp.sum(share * k3 * (ratio if self.kl == "weighted" else 1.0))
+                sums["kl"] = _weighted(weights["kl"], k3 * (ratio if self.kl == "weighted" else 1.0), share)
         return sums, self._metrics(batch, entropy, k3, outside)
 
     def _metrics(self, batch: Batch, entropy: Array, k3: Array, outside: Array) -> dict:
@@ -245,3 +246,10 @@ class PolicyGradient(Objective):
         ours = self.token_log_probs(params["model"], batch, None)[0]
         theirs = self.token_log_probs(params["reference"], batch, None)[0] if self.has_reference else ours
         return {"behaviour_logprobs": ours, "reference_logprobs": theirs}
+
+
+def _weighted(weights: Array, values: Array, share: Array) -> Array:
+    """Sum of weight * value, over tokens [B, T], or over answers [B], whose value is that of their tokens' shares."""
+    if weights.ndim == 1:
+        return jnp.sum(weights * jnp.sum(share * values, axis=1))
+    return jnp.sum(weights * share * values)
