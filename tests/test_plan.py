@@ -84,7 +84,7 @@ def test_the_vocabulary_is_known_before_the_tokenizer(overrides, size):
     [
         (("--topology", "v5e:4"), "'v5e:4' is not v5e:SIZES"),
         (("--topology", "b200:1x8"), "the kind of a topology is 'b200'"),
-        ((), "one of the arguments --topology --devices is required"),
+        ((), "one of the arguments --topology --devices"),
         (("--devices", "2", "--topology", "v5e:2x2"), "not allowed with"),
         (("--devices", "3"), "batch_size is 16, which 3 devices"),
         (("--devices", "8", "--config.data.tokenizer.kind=char"), "not known before it is made or read"),
