@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of a file are dropped after it: kept, they come to gigabytes a process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data_folder():
     """The folder of real data that GPT_JAX_DATA names; the test is skipped by name without it."""
