@@ -74,7 +74,8 @@ def table(report: dict[str, Any]) -> str:
     tokenizer = report["tokenizer"]
     lines = [f"tokenizer    {tokenizer['kind']}, {tokenizer['vocab_size']} tokens, {tokenizer['hash'][:12]}"]
     for name, tasks in report.get("tasks", {}).items():
-        parts = ", ".join(f"{split} {' '.join(f'{n:,} {what}' for what, n in s.items())}" for split, s in tasks.items())
+        counts = {s: {what: n for what, n in found.items() if what != "sha256"} for s, found in tasks.items()}
+        parts = ", ".join(f"{s} {' '.join(f'{n:,} {what}' for what, n in c.items())}" for s, c in counts.items())
         lines.append(f"task         {name}: {parts}")
     for name, text in report.get("texts", {}).items():
         corpus = text.get("corpus", {})
