@@ -8,7 +8,7 @@ probability K/8 + (1 - K/8)/(26 - K).
     python scripts/in_context_learning.py --workdir runs/in_context
 
 trains configs/in_context.py on such episodes (about two minutes on two cores), prints accuracy by shots beside that
-optimum, writes the figure and ends with a line of JSON.
+optimum, writes the figure and ends with a line of JSON. The config does not learn to recall yet (docs/LOG.md).
 """
 
 from __future__ import annotations
