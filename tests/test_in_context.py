@@ -1,4 +1,4 @@
-"""The in-context learning script: its optimum is what perfect memory gets.."""
+"""The in-context learning script: its optimum is what perfect memory gets."""
 
 import importlib.util
 import pathlib
