@@ -21,7 +21,7 @@ def get_config():
         group=8,
         max_new=6,
     )
-    config.data.tasks = ("arithmetic",)
+    config.data.tasks = ("synthetic_arithmetic",)
     config.data.tokenizer.kind = "byte"
     config.optimizer.update(learning_rate=3e-4, warmup="5", weight_decay=0.0, b2=0.99)
     config.eval.update(every_steps=50, max_generated=200)

@@ -127,7 +127,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     `steps` is free where it grows, with a note if the learning-rate schedule depends on it. `context_length` is
     impossible where it sizes the table of learned positions.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = flatten(old), flatten(new)
     sorted_changes: dict[str, list[Change]] = {FREE: [], NUMERICS: [], IMPOSSIBLE: []}
     for key in [*before, *(k for k in after if k not in before)]:
         a, b = before.get(key), after.get(key)
@@ -187,11 +187,12 @@ def _schedule_note(flat: Mapping[str, Any]) -> str:
     return f"the {schedule} schedule follows: {parts} depends on steps, so the learning rate changes from here on"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {dotted key: value}, tuples as lists."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flatten(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = _lists(value)
     return out

@@ -25,7 +25,7 @@ from gpt_jax.score import Scorer
 try:
     from lm_eval.api.model import LM
 except ImportError as error:
-    raise UserError(f"lm-evaluation-harness is not installed ({error}): pip install 'gpt_jax[eval]'.") from None
+    raise UserError(f"lm-evaluation-harness is not installed ({error}): pip install -e '.[eval]'.") from None
 
 _MAX_TOKENS = 256  # generated where a task names no number: the harness's own default
 

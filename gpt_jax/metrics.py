@@ -273,9 +273,7 @@ def open_wandb(project: str, folder: str | os.PathLike, name: str, config: Mappi
     try:
         import wandb
     except ImportError:
-        raise UserError(
-            f"log.wandb is {project!r}, but wandb is not installed: pip install 'gpt_jax[wandb]'."
-        ) from None
+        raise UserError(f"log.wandb is {project!r}, but wandb is not installed: pip install -e '.[wandb]'.") from None
     id_file = pathlib.Path(folder) / "wandb_id"
     identity = id_file.read_text().strip() if id_file.exists() else None
     run = wandb.init(

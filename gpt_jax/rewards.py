@@ -43,7 +43,7 @@ def edit_distance() -> Reward:
 
 def arithmetic() -> Reward:
     """1 where the answer is the right number for a question such as 'What is 48 plus 76?', computed anew; else 0."""
-    from gpt_jax.tasks.arithmetic import solve
+    from gpt_jax.tasks.synthetic_arithmetic import solve
 
     def reward(answers: Sequence[str], examples: Sequence[Any]) -> list[float]:
         return [float(a.strip() == solve(example.source)) for a, example in zip(answers, examples, strict=True)]

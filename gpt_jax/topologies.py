@@ -130,7 +130,7 @@ def _started() -> bool:
 @functools.cache
 def _tpu_devices(name: str, slices: int) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"the topology {name!r} needs libtpu to compile for: pip install 'gpt_jax[tpu]'.")
+        raise UserError(f"the topology {name!r} needs libtpu to compile for: pip install -e '.[tpu]'.")
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask for a TPU

@@ -14,20 +14,17 @@ a new batch is used each step; the loss is read at the end of a block (ours: eac
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-from bench_train import BenchError, Workload, interval, serve
+from bench_train import BenchError, Process, Workload, interval, serve
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKLOADS = {
@@ -183,43 +180,12 @@ def torch_worker(w: Workload, options: dict[str, Any]) -> None:
     serve(block, {"first_loss": first, "num_params": sum(p.numel() for p in params), "device": name})
 
 
-class Process:
-    """One implementation in a process of its own."""
-
-    def __init__(self, kind: str, workload: str, python: str, options: dict[str, Any], dry: bool) -> None:
-        env = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if dry else {"JAX_PLATFORMS": "cuda"}
-        command = [python, __file__, "--worker", kind, "--workloads", workload, "--options", json.dumps(options)]
-        self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
-        )
-        self._kind = kind
-        self.ready = self._read()
-
-    def block(self, steps: int) -> dict[str, Any]:
-        with contextlib.suppress(OSError):  # it has died: reading says why
-            self._process.stdin.write(f"{steps}\n".encode())
-            self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        for line in self._process.stdout:
-            if line.startswith(b"{"):
-                return json.loads(line)
-        code = self._process.wait()
-        self._errors.seek(0)
-        last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise BenchError(f"the process of {self._kind} ended with code {code}: {last[0]}")
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+def start_worker(kind: str, workload: str, python: str, options: dict[str, Any], dry: bool) -> Process:
+    """Starts the process of one implementation."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if dry else {"JAX_PLATFORMS": "cuda"}
+    command = [python, __file__, "--worker", kind, "--workloads", workload, "--options", json.dumps(options)]
+    return Process(kind, command, env)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -231,10 +197,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     ours = json.loads(args.options)
     processes: dict[str, Process] = {}
     try:
-        processes["ours"] = Process("jax", name, sys.executable, ours, args.dry_run)
+        processes["ours"] = start_worker("jax", name, sys.executable, ours, args.dry_run)
         if not args.no_peer:
             compiling = {"compile": not args.dry_run}
-            processes["torch"] = Process("torch", name, args.peer_python, compiling, args.dry_run)
+            processes["torch"] = start_worker("torch", name, args.peer_python, compiling, args.dry_run)
         ready = {kind: p.ready for kind, p in processes.items()}
         if len({r["num_params"] for r in ready.values()}) > 1:
             sizes = ", ".join(f"{kind} {r['num_params']:,}" for kind, r in ready.items())

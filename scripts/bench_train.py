@@ -275,35 +275,13 @@ class BenchError(Exception):
     """A sentence for the person at the keyboard."""
 
 
-class Worker:
-    """A process that trains one workload with one implementation."""
+class Process:
+    """A worker: it says what it found when it is ready, then trains a block of steps for each line on its stdin."""
 
     def __init__(
-        self,
-        name: str,
-        workload: str,
-        kind: str,
-        variant: str,
-        tunables: str,
-        *,
-        python: str = sys.executable,
-        cores: str = "",
-        cache: str = "",
-        model_options: str = "{}",
-        env: dict[str, str] | None = None,
+        self, name: str, command: list[str], environment: dict[str, str], cores: set[int] | None = None
     ) -> None:
         self.name = name
-        environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-        environment |= {"GLIBC_TUNABLES": tunables} if tunables else {}
-        environment |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-        if cache:
-            environment |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        else:
-            environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-        environment |= env or {}
-        command = [python, __file__, "--worker", kind, "--workloads", workload, "--variant", variant]
-        command += ["--started", repr(time.time()), "--model-options", model_options]
-        self._cores = {int(c) for c in cores.split(",")} if cores else None
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             command,
@@ -311,16 +289,14 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            preexec_fn=(lambda: os.sched_setaffinity(0, self._cores)) if self._cores else None,
+            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
         )
         self.ready = self._read()
 
     def block(self, steps: int) -> dict[str, Any]:
-        try:
+        with contextlib.suppress(OSError):  # it has died: reading says why
             self._process.stdin.write(f"{steps}\n".encode())
             self._process.stdin.flush()
-        except OSError:
-            pass  # it has died: reading says why
         return self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -336,12 +312,39 @@ class Worker:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
         self._errors.close()
+
+
+def start_worker(
+    name: str,
+    workload: str,
+    kind: str,
+    variant: str,
+    tunables: str,
+    *,
+    python: str = sys.executable,
+    cores: str = "",
+    cache: str = "",
+    model_options: str = "{}",
+    env: dict[str, str] | None = None,
+) -> Process:
+    """Starts the process that trains one workload with one implementation."""
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment |= {"GLIBC_TUNABLES": tunables} if tunables else {}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    if cache:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    else:
+        environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment |= env or {}
+    command = [python, __file__, "--worker", kind, "--workloads", workload, "--variant", variant]
+    command += ["--started", repr(time.time()), "--model-options", model_options]
+    return Process(name, command, environment, {int(c) for c in cores.split(",")} if cores else None)
 
 
 def interval(ratios: list[float], draws: int = 4000) -> tuple[float, float]:
@@ -364,16 +367,16 @@ def measure(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> 
     first: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as cache:
         for label in ("cold", "cached"):  # the first finds an empty cache and fills it, as a first `gpt-jax train` does
-            worker = Worker("ours", quick_name(name, args.quick), *OURS["ours"], cache=cache, **common)
+            worker = start_worker("ours", quick_name(name, args.quick), *OURS["ours"], cache=cache, **common)
             worker.close()
             first[label] = worker.ready["first_step"]
     log(f"{name}: process start to first step {first['cold']:.1f} s cold, {first['cached']:.1f} s with a cache")
-    workers: dict[str, Worker] = {}
+    workers: dict[str, Process] = {}
     blocks: dict[str, list[dict[str, Any]]] = {label: [] for label in wanted}
     try:
         for label, (kind, variant, tunables) in wanted.items():
             python = args.peer_python if kind == "torch" else sys.executable
-            workers[label] = Worker(
+            workers[label] = start_worker(
                 label, quick_name(name, args.quick), kind, variant, tunables, python=python, **common
             )
             log(f"{name}: {label} is ready after {workers[label].ready['first_step']:.1f} s")

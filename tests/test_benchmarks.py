@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from gpt_jax.benchmarks import Benchmark, Item, load_benchmark, run_benchmark
+from gpt_jax.benchmarks import Benchmark, Item, base, load_benchmark, run_benchmark
 from gpt_jax.benchmarks.base import draw_demonstrations, split_items, take
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.score import Score
+from gpt_jax.tasks import base as tasks
 
 
 class Planted:
@@ -238,3 +239,7 @@ def test_blimp_has_67_phenomena_of_1000_pairs(data_folder):
     assert len(names) == 67 and len(items) == 67_000
     result = run_benchmark(load_benchmark("blimp"), Planted(lambda c, o: -1.0), limit=3)
     assert len(result["groups"]) == 67 and result["items"] == 201
+
+
+def test_no_benchmark_hides_a_task_of_its_name():
+    assert not set(base.REGISTRY) & set(tasks.REGISTRY)

@@ -282,7 +282,7 @@ def test_fingerprint_of_files_is_their_content_not_their_place(tmp_path):
 
 def test_hugging_face_dataset_without_the_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the extra 'hf': pip install 'gpt_jax\[hf\]'"):
+    with pytest.raises(UserError, match=r"needs the extra 'hf': pip install -e '.\[hf\]'"):
         open_corpus("hf:wikitext")
 
 

@@ -291,9 +291,9 @@ def test_mistakes_in_rewards_are_named():
 
 def test_the_arithmetic_task_has_gpt3s_format_and_no_problem_on_both_sides():
     from gpt_jax.tasks import load_task
-    from gpt_jax.tasks.arithmetic import solve
+    from gpt_jax.tasks.synthetic_arithmetic import solve
 
-    task = load_task("arithmetic")
+    task = load_task("synthetic_arithmetic")
     splits = {name: task.examples(name) for name in ("train", "valid", "test")}
     assert sum(map(len, splits.values())) == 10_000
     pairs = {name: {frozenset(e.where.split(" plus ")) for e in split} for name, split in splits.items()}
@@ -302,7 +302,7 @@ def test_the_arithmetic_task_has_gpt3s_format_and_no_problem_on_both_sides():
     one = splits["train"][0]
     a, _, b = one.where.split()
     assert one.source == f"Q: What is {a} plus {b}?\n\nA:" and one.target == f" {int(a) + int(b)}"
-    assert len(load_task({"name": "arithmetic", "digits": 5, "size": 50}).examples("train")) > 20
+    assert len(load_task({"name": "synthetic_arithmetic", "digits": 5, "size": 50}).examples("train")) > 20
 
 
 @pytest.mark.slow

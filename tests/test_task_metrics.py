@@ -231,5 +231,5 @@ def test_every_metric_is_best_for_the_truth():
 
 def test_a_missing_library_is_one_line_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(UserError, match=r"pip install 'gpt_jax\[tasks\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[tasks\]'"):
         compute("bleu", "text_to_text", ["a"], [("a",)])

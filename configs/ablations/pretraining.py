@@ -1,4 +1,4 @@
-"""Causal LM, masked LM and replaced-token detection at equal arithmetic, judged by what they are worth to a task."""
+"""Causal LM, masked LM and replaced-token detection at equal compute, judged by what they are worth to a task."""
 
 from gpt_jax.ablation import Ablation
 from gpt_jax.ablation.presets import tiny_task, tiny_text
@@ -26,7 +26,7 @@ def pretraining():
     return config
 
 
-def arithmetic(model, output, vocab_size, length):
+def compute(model, output, vocab_size, length):
     """Per token, up to a factor: products of the blocks, attention, and the output layer on a part of the tokens."""
     table = vocab_size * model.embed_size
     blocks = count_parameters(model) - table
@@ -37,17 +37,17 @@ def get_ablation():
     config = resolve(pretraining())
     vocab_size, length = config.data.tokenizer.vocab_size, config.context_length
     model = resolve(pretraining(), {"model.vocab_size": vocab_size, "model.max_positions": length}).model
-    masked = arithmetic(model, 0.15, vocab_size, length)
+    masked = compute(model, 0.15, vocab_size, length)
     generator = generator_config(model, RTD["fraction"])
-    replaced = arithmetic(model, 0.0, vocab_size, length) + arithmetic(generator, 0.15, vocab_size, length)
-    causal = arithmetic(model, 1.0, vocab_size, length)
+    replaced = compute(model, 0.0, vocab_size, length) + compute(generator, 0.15, vocab_size, length)
+    causal = compute(model, 1.0, vocab_size, length)
 
     def after(objective, cost, mask):
         steps = {"@pretrain.steps": round(STEPS * causal / cost)}
         return {"init.from": "@pretrain", "@pretrain.objective": objective, "objective.mask": mask, **steps}
 
     return Ablation(
-        question="Which pre-training is worth most to a small classification task, at equal arithmetic?",
+        question="Which pre-training is worth most to a small classification task, at equal compute?",
         config=get_config(),
         before={"pretrain": pretraining()},
         arms={
@@ -60,5 +60,5 @@ def get_ablation():
         },
         metrics=("valid/accuracy", "valid/loss"),
         reading="Pre-training reads the library's source, which holds the texts (never the labels) of the task's "
-        "validation set too. The table of budgets shows the arithmetic that was counted.",
+        "validation set too. The table of budgets shows the compute that was counted.",
     )

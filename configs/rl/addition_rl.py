@@ -27,7 +27,7 @@ def get_config():
         max_new=6,
         generate_rows=256,
     )
-    config.data.tasks = ("arithmetic",)
+    config.data.tasks = ("synthetic_arithmetic",)
     config.data.tokenizer.kind = "byte"
     config.optimizer.update(learning_rate=3e-4, warmup="10", weight_decay=0.0, b2=0.99)
     config.eval.update(every_steps=60, max_generated=200)

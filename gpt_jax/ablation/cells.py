@@ -1,6 +1,6 @@
 """Running the cells of an ablation: here, one after the other, or each in a process of its own; what is done is kept.
 
-A finished cell has `cell.json`: its arm and seed, the identity of its config and of its data, the arithmetic of a step
+A finished cell has `cell.json`: its arm and seed, the identity of its config and of its data, the compute of a step
 and the final values. A cell that was killed continues from its checkpoint, as any run does.
 """
 
@@ -228,7 +228,7 @@ def data_hash(path: pathlib.Path) -> str:
 
 
 def flops_per_step(cell: Cell) -> float | None:
-    """The arithmetic of one update of the cell's arm, kept beside the cells: seeds have the same."""
+    """The compute of one update of the cell's arm, kept beside the cells: seeds have the same."""
     key = identity(dataclasses.replace(cell.config, seed=0))
     path = cell.path.parent.parent.parent / "flops" / f"{key}.json"
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -240,7 +240,7 @@ def flops_per_step(cell: Cell) -> float | None:
 
 
 def _flops_before(cell: Cell) -> float:
-    """The arithmetic of the whole run that a cell starts from."""
+    """The compute of the whole run that a cell starts from."""
     if not cell.start:
         return 0.0
     before = cell.run_before(cell.start)

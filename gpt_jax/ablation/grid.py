@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt_jax.config import Config, call_config_file, find_config, resolve, to_dict
-from gpt_jax.config_changes import FREE, classify
+from gpt_jax.config_changes import FREE, classify, flatten
 from gpt_jax.data.cache import content_hash
 from gpt_jax.errors import UserError, choose
 
@@ -249,23 +249,6 @@ def identity(config: Config) -> str:
     flat = {key: value for key, value in flatten(to_dict(config)).items() if classify(key)[0] != FREE}
     flat["init.from"] = bool(flat.get("init.from"))
     return content_hash(flat)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {dotted key: value}, tuples as lists."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = _lists(value)
-    return out
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _lists(v) for k, v in value.items()}
-    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _slug(name: str) -> str:

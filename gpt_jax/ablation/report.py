@@ -69,7 +69,7 @@ def study_page(study: Study) -> tuple[Page, dict[str, Any]]:
     page.picture(
         "curves",
         plot_curves(study, metric),
-        f"{metric}, mean over seeds and their range, over steps, tokens, arithmetic and time in updates.",
+        f"{metric}, mean over seeds and their range, over steps, tokens, compute and training time.",
     )
     page.heading("Budgets")
     page.table(*budget_table(study))
@@ -89,7 +89,7 @@ METHOD = (
     "Not to differ is not to be equal: the interval of the difference says how large a difference these seeds leave "
     "open. 'Seeds needed' is how many pairs would find a difference of the observed size, in its observed scatter, in "
     "80% of experiments at the level that the strictest of Holm's tests "
-    "asks; both are estimates from few seeds. Arithmetic counts one update as traced, without recomputation, and the "
+    "asks; both are estimates from few seeds. Compute counts one step as traced, without recomputation, and the "
     "run that an arm starts from."
 )
 
@@ -163,7 +163,7 @@ def _p(p: float) -> str:
 
 
 def budget_table(study: Study) -> tuple[tuple[str, ...], list[tuple]]:
-    """What each arm spent: updates, tokens, arithmetic and seconds in updates (mean over seeds)."""
+    """What each arm spent: steps, tokens, compute and training seconds (mean over seeds)."""
     rows = []
     for arm, runs in study.results.items():
         if not runs:
@@ -174,7 +174,7 @@ def budget_table(study: Study) -> tuple[tuple[str, ...], list[tuple]]:
         flops = None if one.flops_per_step is None else f"{(one.flops_per_step * steps + one.flops_before) / 1e12:.3f}"
         mean = f"{sum(seconds) / len(seconds):.1f}" if seconds else ""
         rows.append((arm, steps, steps * one.tokens_per_step, flops, mean))
-    return ("arm", "updates", "tokens", "TFLOP", "seconds in updates"), rows
+    return ("arm", "steps", "tokens", "TFLOP", "training seconds"), rows
 
 
 def _numbers(row: Comparison) -> dict[str, Any]:
@@ -246,9 +246,9 @@ def curve_metric(study: Study, metric: str) -> str:
 
 
 def plot_curves(study: Study, metric: str) -> bytes:
-    """A metric over steps, tokens, arithmetic and seconds in updates: mean over seeds, and their range. PNG."""
+    """A metric over steps, tokens, compute and training seconds: mean over seeds, and their range. PNG."""
     figure, axes = new_figure(11, 7, 2, 2, sharey=True)
-    labels = ("updates", "tokens (millions)", "arithmetic (TFLOP)", "seconds in updates")
+    labels = ("steps", "tokens (millions)", "compute (TFLOP)", "training seconds")
     shown: list[float] = []
     for number, (arm, runs) in enumerate(study.results.items()):
         curves = {seed: _smooth(*result.curve(metric)) for seed, result in runs.items()}
@@ -286,7 +286,7 @@ def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _positions(runs: Sequence[Result], steps: np.ndarray) -> tuple[np.ndarray | None, ...]:
-    """`steps` in updates, millions of tokens, TFLOP and seconds."""
+    """`steps` as steps, millions of tokens, TFLOP and seconds."""
     one = runs[0]
     flops = None if one.flops_per_step is None else (steps * one.flops_per_step + one.flops_before) / 1e12
     timed = [r.seconds() for r in runs if len(r.seconds()[0])]

@@ -15,9 +15,9 @@ import numpy as np
 
 from gpt_jax import statistics
 from gpt_jax.ablation.cells import DONE, FILE, MISMATCHED, Status, check_data, data_hash, final_values, status_of
-from gpt_jax.ablation.grid import Ablation, Cell, flatten
+from gpt_jax.ablation.grid import Ablation, Cell
 from gpt_jax.config import resolve
-from gpt_jax.config_changes import FREE, classify
+from gpt_jax.config_changes import FREE, classify, flatten
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import read_rows
 from gpt_jax.throughput import model_flops_per_token

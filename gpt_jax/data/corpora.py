@@ -230,7 +230,7 @@ def _hugging_face_corpus(name: str, text_key: str) -> Corpus:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise UserError(f"data.corpus {name!r} needs the extra 'hf': pip install 'gpt_jax[hf]'.") from None
+        raise UserError(f"data.corpus {name!r} needs the extra 'hf': pip install -e '.[hf]'.") from None
     _, dataset, *rest = name.split(":")
     subset, split = [*rest, "", ""][:2]
     try:

@@ -180,7 +180,7 @@ def _library(name: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"this metric needs the extra 'tasks' ({error}): pip install 'gpt_jax[tasks]'.") from None
+        raise UserError(f"this metric needs the extra 'tasks' ({error}): pip install -e '.[tasks]'.") from None
 
 
 def _f1(predictions: Sequence, golds: Golds, labels: Sequence[str], average: str) -> float:

@@ -22,9 +22,9 @@ def task(digits: int = 2, operation: str = "plus", size: int = 0, seed: int = 0)
       digits: of each number, at most. operation: plus, minus or times. size: problems in all; 0 is every one there is,
         at most 100,000. seed: of the order.
     """
-    choose("task arithmetic: operation", operation, OPERATIONS)
+    choose("task synthetic_arithmetic: operation", operation, OPERATIONS)
     if not 1 <= digits <= 8:
-        raise UserError(f"task arithmetic: digits is {digits}; allowed: 1 to 8.")
+        raise UserError(f"task synthetic_arithmetic: digits is {digits}; allowed: 1 to 8.")
     base = 10**digits
     count = min(size or MOST, base * base)
 
@@ -38,7 +38,7 @@ def task(digits: int = 2, operation: str = "plus", size: int = 0, seed: int = 0)
                     yield TextToText(source, f" {OPERATIONS[operation](a, b)}", where=f"{a} {operation} {b}")
 
     return Task(
-        name="arithmetic",
+        name="synthetic_arithmetic",
         kind="text_to_text",
         metrics=("accuracy",),
         splits={split: lambda split=split: examples(split) for split in SHARES},
