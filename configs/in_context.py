@@ -8,8 +8,8 @@ def get_config():
     config.steps = 600
     config.batch_size = 64
     config.context_length = 64
-    config.model.update(num_layers=2, d_model=64, num_heads=2, d_ff=128)
-    config.model.update(positions="rope", norm="rmsnorm", bias=False)
+    config.model.update(num_layers=2, d_model=64, num_heads=4, d_ff=128)
+    config.model.update(positions="alibi", norm="rmsnorm", bias=False)  # its steep slopes see the last token
     config.data.path = "runs/in_context/episodes.jsonl"
     config.data.layout = "padded"
     config.data.doc_mask = True

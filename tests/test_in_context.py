@@ -1,7 +1,10 @@
-"""The in-context learning script: its optimum is what perfect memory gets."""
+"""The in-context learning script: its optimum is what perfect memory gets, and a tiny model comes near it (slow)."""
 
 import importlib.util
+import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -49,3 +52,14 @@ def test_the_optimum_is_what_perfect_memory_gets(script):
     for shots, (accuracy, error) in script.accuracies(Memory(), 800).items():
         assert abs(accuracy - script.optimum(shots)) < 4 * error + 1e-9, shots
     assert script.optimum(8) == 1 and script.optimum(0) == pytest.approx(1 / 26)
+
+
+@pytest.mark.slow
+def test_a_tiny_model_recalls_and_does_better_with_more_shots(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--workdir", str(tmp_path), "--items", "300"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=SCRIPT.parent.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    accuracy = json.loads(done.stdout.splitlines()[-1])["accuracy"]
+    assert accuracy["8"] > 0.9 and accuracy["0"] < 0.15
+    assert accuracy["1"] < accuracy["4"] < accuracy["8"]
+    assert (tmp_path / "in_context.png").stat().st_size > 1000
