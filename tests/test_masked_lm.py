@@ -117,6 +117,7 @@ def test_neither_specials_nor_padding_are_selected_and_nothing_unselected_change
     for options in (
         dict(rate=1.0, shares=(0.4, 0.4, 0.2)),
         dict(select="spans"),
+        dict(select="spans", span=3),
         dict(select="replacement"),
         dict(select="iid", rate=0.6),
         dict(corruption="fair", rate=0.5),
@@ -191,6 +192,23 @@ def test_spans_are_those_of_the_loop_that_adds_them_one_by_one():
         chosen = chosen[:count]
         got = np.flatnonzero(select(priority[None], lengths[None], stretch[None], np.array([len(chosen)]))[0])
         np.testing.assert_array_equal(got, sorted(chosen))
+
+
+@pytest.mark.parametrize("span", [1, 3, 12])
+def test_spans_of_a_chosen_length_are_whole_but_for_the_last_one(span):
+    batch = {k: np.full_like(v, 5) if k in ("tokens", "targets") else v for k, v in long_batch(64, 128).items()}
+    hidden = prepare(batch, select="spans", span=span, rate=0.2)["counts"] > 0
+    assert (hidden.sum(axis=1) == 26).all()  # round(0.2 * 128)
+    for row in hidden:
+        edges = np.flatnonzero(np.diff(np.r_[0, row.astype(int), 0]))
+        runs = (
+            edges[1::2] - edges[::2]
+        )  # spans that touch or overlap make a longer run; so does a row's end a shorter one
+        ends = edges[1::2][-1] == len(row)
+        assert (runs < span).sum() <= 1 + ends, runs
+    if span == 1:
+        twin = prepare(batch, select="tokens", rate=0.2)["counts"] > 0
+        np.testing.assert_array_equal(hidden, twin)
 
 
 def test_spans_end_with_their_document_and_before_a_special_token():
@@ -556,6 +574,7 @@ def test_a_config_takes_its_special_tokens_from_the_tokenizer():
         (dict(loss_on="mask"), r"objective\.loss_on is 'mask'"),
         (dict(rate=0.0), r"objective\.rate is 0\.0"),
         (dict(rate=1.5), r"objective\.rate is 1\.5"),
+        (dict(span=3), r"objective\.span is 3 with select='tokens'"),
         (dict(max_predictions=-1), r"objective\.max_predictions is -1"),
         (dict(shares=(0.8, 0.1)), r"objective\.shares is \(0\.8, 0\.1\)"),
         (dict(shares=(0.8, 0.3, -0.1)), r"objective\.shares is \(0\.8, 0\.3, -0\.1\)"),

@@ -1,4 +1,4 @@
-"""The article's edit-distance regulariser on and off, on single tokens and on spans."""
+"""The article's edit-distance regulariser on and off, on single tokens and on spans of chosen length."""
 
 from gpt_jax.ablation import Ablation
 from gpt_jax.ablation.presets import tiny_text
@@ -12,22 +12,20 @@ def get_config():
 
 
 def get_ablation():
-    on, weak = {"mlm": 1.0, "edit": 1.0}, {"mlm": 1.0, "edit": 0.1}
-    spans = {"objective.select": "spans"}
+    on = {"mlm": 1.0, "edit": 1.0}
+    arms, against = {}, {}
+    for name, hidden in (("tokens", {}), ("spans of 3", {"span": 3}), ("spans of 8", {"span": 8})):
+        options = {"objective.select": "spans"} | {f"objective.{k}": v for k, v in hidden.items()} if hidden else {}
+        arms[name] = options
+        arms[f"{name}, edit"] = {**options, "objective.coefs": on}
+        against[f"{name}, edit"] = (name,)
     return Ablation(
         question="Does regularising a masked LM by the soft edit distance lower its edit distance or its loss, and "
-        "does that depend on hiding single tokens or spans?",
+        "does that depend on how long the hidden spans are?",
         config=get_config(),
-        arms={
-            "tokens": {},
-            "tokens, edit 0.1": {"objective.coefs": weak},
-            "tokens, edit 1": {"objective.coefs": on},
-            "spans": spans,
-            "spans, edit 0.1": {**spans, "objective.coefs": weak},
-            "spans, edit 1": {**spans, "objective.coefs": on},
-        },
-        against={"spans, edit 0.1": ("spans",), "spans, edit 1": ("spans",)},
+        arms=arms,
+        against=against,
         metrics=("valid/mlm_nll", "valid/accuracy", "valid/edit_distance"),
-        reading="Spans have 3.8 tokens on average. Arms on spans are compared with spans, the others with tokens: the "
-        "two are asked different questions.",
+        reading="An arm with the regulariser is compared with the one that hides spans of the same length without it; "
+        "lengths among each other are not compared: they are asked different questions.",
     )

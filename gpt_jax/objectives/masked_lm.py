@@ -70,6 +70,7 @@ class MaskedLM(Objective):
     coefs: Mapping[str, Any] = option({"mlm": 1.0}, "weight of each term: mlm, next_masked, edit")
     rate: float = option(0.15, "part of a row's tokens that is selected")
     select: str = option("tokens", " | ".join(masking.SELECTIONS))
+    span: int = option(0, "spans: tokens of each; 0 draws its length, 3.8 on average")
     max_predictions: int = option(0, "most tokens selected in a row; 0 is no bound")
     corruption: str = option("bert", " | ".join(CORRUPTIONS))
     shares: tuple[float, ...] = option((0.8, 0.1, 0.1), "bert: parts replaced by [MASK], by a random token, kept")
@@ -83,7 +84,7 @@ class MaskedLM(Objective):
     def __post_init__(self) -> None:
         choose("objective.corruption", self.corruption, CORRUPTIONS)
         choose("objective.loss_on", self.loss_on, ("", *LOSSES))
-        masking.check_selection(self.select, self.rate, self.max_predictions)
+        masking.check_selection(self.select, self.rate, self.max_predictions, self.span)
         masking.check_shares(self.shares)
         if self.masks < 1:
             raise UserError(f"objective.masks is {self.masks}; the article's variants have at least one [MASK].")
@@ -123,7 +124,7 @@ class MaskedLM(Objective):
         T, vocab_size = tokens.shape[1], self.model.config.vocab_size
         real = masking.real_tokens(batch)
         eligible = real & ~masking.is_one_of(tokens, self.specials)
-        options = dict(select=self.select, rate=self.rate, max_predictions=self.max_predictions)
+        options = dict(select=self.select, rate=self.rate, max_predictions=self.max_predictions, span=self.span)
         if self.corruption == "literal":
             counts = eligible.astype(jnp.float32)
         else:

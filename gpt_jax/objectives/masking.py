@@ -6,8 +6,8 @@ Selection of n = min(max_predictions, max(1, round(rate * length))) of a row's `
 hidden:
 
     tokens       n of them, uniformly, without replacement (BERT, Devlin et al. 2019)
-    spans        whole spans of truncated geometric length (p = 0.2, at most 10: 3.8 on average) in random order until
-                 n tokens are reached; the last one is cut (SpanBERT, Joshi et al. 2020)
+    spans        whole spans of truncated geometric length (p = 0.2, at most 10: 3.8 on average; SpanBERT, Joshi et al.
+                 2020), or of `span` tokens each, in random order until n tokens are reached; the last one is cut
     replacement  n draws with replacement; a token drawn twice counts twice (ELECTRA's code)
     iid          each with probability `rate`; no exact number
 """
@@ -51,13 +51,17 @@ def is_one_of(tokens: Array, ids: Sequence[int]) -> Array:
     return found
 
 
-def check_selection(select: str, rate: float, max_predictions: int) -> None:
+def check_selection(select: str, rate: float, max_predictions: int, span: int = 0) -> None:
     """Raises UserError for options of a selection that are out of range."""
     choose("objective.select", select, SELECTIONS)
     if not 0 < rate <= 1:
         raise UserError(f"objective.rate is {rate!r}; it must be in (0, 1].")
     if max_predictions < 0:
         raise UserError(f"objective.max_predictions is {max_predictions!r}; it must be 0 (no bound) or more.")
+    if span < 0 or (span and select != "spans"):
+        raise UserError(
+            f"objective.span is {span!r} with select={select!r}; it is the tokens of each of select='spans'."
+        )
 
 
 def check_shares(shares: Sequence[float]) -> None:
@@ -84,13 +88,20 @@ def budget(length: int, rate: float, max_predictions: int = 0) -> np.ndarray:
 
 
 def select_tokens(
-    keys: Array, batch: Mapping[str, Array], eligible: Array, *, select: str, rate: float, max_predictions: int = 0
+    keys: Array,
+    batch: Mapping[str, Array],
+    eligible: Array,
+    *,
+    select: str,
+    rate: float,
+    max_predictions: int = 0,
+    span: int = 0,
 ) -> Array:
     """How often each token is selected: 0 or 1, more where draws are with replacement.
 
     Args:
       keys: [B], one per row. batch: rows of text. eligible: [B, T], tokens that may be hidden.
-      select, rate, max_predictions: see the module.
+      select, rate, max_predictions, span: see the module.
 
     Returns:
       [B, T] float32.
@@ -111,7 +122,8 @@ def select_tokens(
         return jax.vmap(lambda row, place, new: row.at[place].add(new))(jnp.zeros(real.shape), drawn, used)
     priority = jnp.where(eligible, _uniform(fold_name(keys, "order"), T), 2.0)
     if select == "spans":
-        priority = span_priority(priority, span_lengths(fold_name(keys, "lengths"), T), _stretch(batch, eligible))
+        lengths = jnp.full(real.shape, span) if span else span_lengths(fold_name(keys, "lengths"), T)
+        priority = span_priority(priority, lengths, _stretch(batch, eligible), span or SPAN_MAX)
     return first(priority, jnp.minimum(wanted, possible)).astype(jnp.float32)
 
 
@@ -128,16 +140,17 @@ def span_lengths(keys: Array, count: int) -> Array:
     return 1 + jnp.searchsorted(jnp.asarray(cumulative, jnp.float32), _uniform(keys, count), side="right")
 
 
-def span_priority(priority: Array, lengths: Array, stretch: Array) -> Array:
+def span_priority(priority: Array, lengths: Array, stretch: Array, longest: int = SPAN_MAX) -> Array:
     """The least priority of the spans that cover a token, if one begins at every token.
 
     So the n tokens of least priority are the spans taken in the order of their priorities, the last one cut.
 
     Args:
       priority: of the span that begins at a token, [B, T]. lengths: of that span. stretch: spans stay within one.
+      longest: of the lengths.
     """
     least, T = priority, priority.shape[1]
-    for back in range(1, min(SPAN_MAX, T)):
+    for back in range(1, min(longest, T)):
         begun, length, same = (x[:, : T - back] for x in (priority, lengths, stretch))
         reaches = (length > back) & (same == stretch[:, back:])
         least = least.at[:, back:].min(jnp.where(reaches, begun, 2.0))
