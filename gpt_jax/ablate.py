@@ -15,6 +15,7 @@ from gpt_jax.ablation.report import write_study
 from gpt_jax.ablation.results import collect, compare_runs
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
+from gpt_jax.remote import refuse_url
 
 _SLURM = """#!/bin/bash
 #SBATCH --job-name={name}
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
+    refuse_url(args.workdir, "--workdir of an ablation", "give a folder, or a mounted bucket's")
     workdir = pathlib.Path(args.workdir)
     if args.compare:
         if args.config or overrides:

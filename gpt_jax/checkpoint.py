@@ -4,6 +4,9 @@
     directory/400.orbax-checkpoint-tmp   one being saved, or left by a killed process (removed at the next start)
     directory/frozen/                 parameters that never change, stored once per run
 
+At gs:// nothing can be renamed: a checkpoint is complete when it holds commit_success.txt, which is written last and
+deleted first.
+
 A leaf is stored under its name, its path in the tree joined by '/', e.g. 'params/model/blocks/mlp/up/kernel'.
 Beside the arrays lie their shapes, dtypes and check sums, and the caller's metadata, as JSON; nothing is pickled.
 A check sum is an exact integer computed on the devices, the same for every mesh: no damaged file goes unnoticed.
@@ -31,10 +34,11 @@ from orbax.checkpoint import v1 as ocp
 
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.files import clean_leftovers, fsync_folder, is_no_space, no_space_message, remove_folder
-from gpt_jax.remote import refuse_url
+from gpt_jax.remote import at_store, reaching, run_folder
 
 _STATE = "state"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_COMMITTED = "commit_success.txt"
 
 
 class DamagedCheckpoint(UserError):
@@ -72,24 +76,22 @@ class Checkpointer:
     arrays may be donated to the next step. Errors of a background save surface in `check`, `wait` or the next `save`.
 
     Args:
-      directory: where the checkpoints lie; made if absent. What killed saves left there is removed, so only one
-        run may use it at a time.
+      directory: where the checkpoints lie, a folder or a gs:// URL; made if absent. What killed saves left there is
+        removed, so only one run may use it at a time.
       keep_last, keep_best, keep_every_steps: see `steps_to_keep`.
     """
 
     def __init__(
         self, directory: str | os.PathLike, keep_last: int = 2, keep_best: int = 1, keep_every_steps: int = 0
     ) -> None:
-        refuse_url(directory, "the folder of checkpoints", "mount the bucket and give the folder")
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = run_folder(directory, "the folder of checkpoints")
         self._keep = functools.partial(
             steps_to_keep, keep_last=keep_last, keep_best=keep_best, keep_every_steps=keep_every_steps
         )
         if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            clean_leftovers(self.directory)
-            for leftover in self.directory.glob(f"*{_TEMPORARY}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            with reaching(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                _clean(self.directory)
         _wait_for_all_processes("checkpointer")
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -130,13 +132,15 @@ class Checkpointer:
             keep = self._keep(self.all_steps(), valid_losses)
             for old in self.all_steps():
                 if old not in keep:
-                    remove_folder(self.directory / str(old))
+                    _remove(self.directory / str(old))
 
     @contextlib.contextmanager
     def _explain(self, folder: pathlib.Path, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
+            if at_store(folder) and not isinstance(error, UserError):
+                raise UserError(f"cannot write {what} to {str(folder)!r}: {_reason(error)}.") from error
             if not is_no_space(error):
                 raise
             if jax.process_index() == 0:
@@ -182,7 +186,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             for later in self.all_steps():
                 if later > step:
-                    remove_folder(self.directory / str(later))
+                    _remove(self.directory / str(later))
         _wait_for_all_processes("discarded")
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
@@ -200,7 +204,7 @@ class Checkpointer:
     def save_frozen(self, tree: Any) -> None:
         """Stores parameters that never change, unless they are stored already. Waits until they are."""
         folder = self.directory / "frozen"
-        if not jax.tree.leaves(tree) or folder.exists():
+        if not jax.tree.leaves(tree) or _is_complete(folder):
             return
         with self._explain(folder, "the frozen parameters"):
             _start_save(folder, tree, {}).result()
@@ -212,10 +216,11 @@ class Checkpointer:
 
 def list_steps(directory: str | os.PathLike) -> list[int]:
     """Returns the steps of the complete checkpoints in a folder, ascending."""
-    directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+    directory = run_folder(directory, "the folder of checkpoints")
+    with reaching(directory):
+        if not directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and _is_complete(p))
 
 
 def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> tuple[pathlib.Path, int]:
@@ -227,13 +232,14 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> tuple[p
     Raises:
       UserError: there is none there, or not this one (the ones there are named).
     """
-    refuse_url(path, "the checkpoint's path", "mount the bucket, or copy the run's folder to a disk")
-    given = pathlib.Path(path).absolute()
-    if given.name.isdigit() and given.is_dir() and not list_steps(given) and not (given / "checkpoints").is_dir():
-        if step is not None and step != int(given.name):
-            raise UserError(f"{str(path)!r} is the checkpoint of step {int(given.name)}, not of step {step}.")
-        return given.parent, int(given.name)
-    folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    given = run_folder(path, "the checkpoint's path")
+    with reaching(given):
+        whole = given.name.isdigit() and given.is_dir() and not list_steps(given)
+        if whole and not (given / "checkpoints").is_dir():
+            if step is not None and step != int(given.name):
+                raise UserError(f"{str(path)!r} is the checkpoint of step {int(given.name)}, not of step {step}.")
+            return given.parent, int(given.name)
+        folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
     steps = list_steps(folder)
     if not steps:
         raise UserError(f"no checkpoint in {str(path)!r}: give a run directory or a checkpoint.")
@@ -281,7 +287,8 @@ def restore_frozen(directory: str | os.PathLike, abstract: Any) -> Any:
     """Reads the frozen parameters of a folder of checkpoints; a tree without leaves is returned as it is."""
     if not jax.tree.leaves(abstract):
         return abstract
-    return _restore_exactly(pathlib.Path(directory) / "frozen", abstract, "the frozen parameters")
+    folder = run_folder(directory, "the folder of checkpoints") / "frozen"
+    return _restore_exactly(folder, abstract, "the frozen parameters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -484,7 +491,7 @@ def _check_sums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
 # ---- reading and writing one folder
 
 
-def _context() -> ocp.Context:
+def _context(remote: bool = False) -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_ocdbt = True
     context.array.saving.use_zarr3 = True
@@ -492,7 +499,8 @@ def _context() -> ocp.Context:
     context.array.loading.enable_padding_and_truncation = False
     context.array.loading.raise_array_data_missing_error = True
     context.asynchronous.timeout_secs = 4 * 3600
-    context.atomicity.mode = ocp.options.AtomicityMode.ATOMIC_RENAME
+    if not remote:
+        context.atomicity.mode = ocp.options.AtomicityMode.ATOMIC_RENAME
     context.pytree.loading.partial_load = True
     return context
 
@@ -508,7 +516,7 @@ def _start_save(folder: pathlib.Path, tree: Any, metadata: Mapping[str, Any]) ->
     }
     manifest = {"format": 1, "arrays": arrays, "metadata": dict(metadata)}
     manifest["sum"] = _digest(manifest)
-    with _context():
+    with _context(at_store(folder)):
         return ocp.save_checkpointables_async(folder, {_STATE: _nest(leaves)}, custom_metadata=manifest)
 
 
@@ -657,8 +665,37 @@ def _verify_folder(folder: pathlib.Path) -> str | None:
     return None
 
 
+def _is_complete(folder: pathlib.Path) -> bool:
+    """Tells whether a checkpoint, or the frozen parameters, has been written to its end."""
+    return (folder / _COMMITTED).exists() if at_store(folder) else folder.is_dir()
+
+
+def _clean(directory: pathlib.Path) -> None:
+    """Removes what killed saves and removals left in a folder of checkpoints."""
+    if at_store(directory):
+        for place in directory.iterdir() if directory.is_dir() else ():
+            if (place.name.isdigit() or place.name == "frozen") and not _is_complete(place):
+                place.rmtree(missing_ok=True)
+        return
+    clean_leftovers(directory)
+    for leftover in directory.glob(f"*{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Deletes a checkpoint so that a crash halfway leaves none that looks whole."""
+    if not at_store(folder):
+        remove_folder(folder)
+        return
+    with reaching(folder):
+        (folder / _COMMITTED).unlink(missing_ok=True)
+        folder.rmtree(missing_ok=True)
+
+
 def _flush(folder: pathlib.Path) -> None:
     """Makes a complete checkpoint durable before older ones are deleted."""
+    if at_store(folder):
+        return  # an object is durable once it is written
     for place, _, files in os.walk(folder):
         for name in files:
             handle = os.open(os.path.join(place, name), os.O_RDONLY)

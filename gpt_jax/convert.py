@@ -36,6 +36,7 @@ from gpt_jax.model import ModelConfig, Transformer, count_parameters
 from gpt_jax.model.lora import merge_lora
 from gpt_jax.objectives.base import Setting, build_objective
 from gpt_jax.optim import make_optimizer
+from gpt_jax.remote import refuse_url
 from gpt_jax.run import OWN_MODEL_KEYS, fill_in
 from gpt_jax.sharding import DEFAULT_RULES, make_mesh, path_name, unbox
 from gpt_jax.step import build_train_step
@@ -95,6 +96,7 @@ def from_hf(
     Raises:
       UserError: what the folder holds is not supported, named; the run directory holds a run already.
     """
+    refuse_url(workdir, "--workdir of an import", "import into a folder, then copy it to the bucket")
     folder = pathlib.Path(folder)
     tree = _read_config(folder)
     family = FAMILIES[choose("model_type in config.json", str(tree.get("model_type")), FAMILIES)]

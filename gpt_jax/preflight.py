@@ -8,6 +8,7 @@ is odd. Under a minute: what does not fit into the time is left out and said so.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 from gpt_jax import distributed
 from gpt_jax.device_checks import Check, check_collectives, check_matmul, check_memory
 from gpt_jax.errors import UserError
+from gpt_jax.remote import Remote, is_url, run_folder
 from gpt_jax.sharding import AXES
 
 _MIB = 1 << 20
@@ -183,7 +185,6 @@ def data_files(data: Any) -> list[tuple[str, int, str]]:
     """(name, bytes, hash of the first and last MiB) of each file that the data config names; raises UserError."""
     from gpt_jax.data.readers import expand_paths, expand_variables
     from gpt_jax.data.store import MANIFEST, is_store
-    from gpt_jax.remote import Remote, is_url
 
     patterns = [text for text in (data.path, data.valid_path, *(s.get("path", "") for s in data.sources)) if text]
     out = []
@@ -207,22 +208,20 @@ def data_files(data: Any) -> list[tuple[str, int, str]]:
 
 def check_folder(name: str, folder: str, *, shared: bool, size: int = 8 * _MIB) -> Check:
     """Writes to a folder, reads it back, on every process; `shared`: and looks whether all see the same folder."""
-    path = pathlib.Path(folder)
     problem, rates = "", [0.0, 0.0]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        rates = write_and_read(path, size)
+        rates = write_and_read(folder, size)
     except OSError as error:
         problem = f"{error.strerror or error}"
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         problem = str(error)
     found = distributed.gather([platform.node(), problem, *rates])
     for k, (host, trouble, _, _) in enumerate(found):
         if trouble:
             return Check(name, False, f"{folder!r} of process {k} on {host!r}: {trouble}")
     try:
-        if shared:
-            distributed.check_shared(path)
+        if shared and not is_url(folder):
+            distributed.check_shared(folder)
     except UserError as error:
         return Check(name, False, str(error))
     write, read = min(entry[2] for entry in found), min(entry[3] for entry in found)
@@ -234,23 +233,40 @@ def check_folder(name: str, folder: str, *, shared: bool, size: int = 8 * _MIB) 
     )
 
 
-def write_and_read(folder: pathlib.Path, size: int) -> list[float]:
-    """Returns MiB/s of writing a file and of reading it; raises OSError, or ValueError if it comes back wrong."""
-    path, data = folder / f".preflight-{uuid.uuid4().hex}", os.urandom(size)
+def write_and_read(folder: str, size: int) -> list[float]:
+    """Returns MiB/s of writing to a folder or gs:// URL and of reading it.
+
+    Raises:
+      OSError, UserError: it cannot be written. ValueError: what came back is other than what was written.
+    """
+    name, data = f".preflight-{uuid.uuid4().hex}", os.urandom(size)
+    if is_url(folder):
+        run_folder(folder, "--workdir")
+        store = Remote(folder)
+        write, read, remove = (functools.partial(do, name) for do in (store.write, store.read, store.delete))
+    else:
+        path = pathlib.Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write, read = functools.partial(_write_through, path), path.read_bytes
+        remove = functools.partial(path.unlink, missing_ok=True)
     try:
         start = time.perf_counter()
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write(data)
         wrote = time.perf_counter()
-        same = path.read_bytes() == data
+        same = read() == data
         done = time.perf_counter()
     finally:
-        path.unlink(missing_ok=True)
+        remove()
     if not same:
         raise ValueError("a file came back other than it was written")
     return [size / _MIB / max(wrote - start, 1e-9), size / _MIB / max(done - wrote, 1e-9)]
+
+
+def _write_through(path: pathlib.Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -180,7 +180,7 @@ def fine_tune(
     config.steps, config.batch_size, config.context_length = steps, batch_size, context_length
     config.objective = objective
     config.data.tasks = tasks
-    config.optimizer.update(name="adamw", learning_rate=1e-3, warmup="10%", weight_decay=0.01, end_factor=0.0)
+    config.optimizer.update(learning_rate=0.02, warmup="10%", weight_decay=0.01, end_factor=0.0)  # Muon, as before it
     config.eval.update(every_steps=max(1, steps // 4), max_batches=0, max_generated=50)
     config.checkpoint.every_steps = max(1, steps // 2)
     config.sample.prompts = ()

@@ -1,21 +1,26 @@
 """Object stores: files at gs:// and s3:// URLs (file:// and memory:// too), through TensorStore's key-value drivers.
 
 What needs a real file (memory maps, tokenizers, compressed text) gets a copy in the cache, once per host, and says so.
+Checkpoints are Orbax's, which writes to folders and to gs://, whose folders `run_folder` opens.
 Credentials are the driver's own business: Google's application default credentials, AWS's environment and files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpt_jax.errors import UserError
+from gpt_jax.files import atomic_write
 
 _CHUNK = 64 << 20
+_PATIENCE = {f"{store}_request_retries": {"max_retries": 8} for store in ("gcs", "s3")}  # two minutes or so
 _URL = re.compile(r"(gs|s3|file|memory)://")
 
 
@@ -28,6 +33,45 @@ def refuse_url(path: str | os.PathLike, what: str, instead: str) -> None:
     """Raises UserError if `path` is a URL: `what` needs a local folder; `instead` is the way round."""
     if re.match(r"\w+://", str(path)):
         raise UserError(f"{what} is {str(path)!r}, but it needs a folder of a file system: {instead}.")
+
+
+def run_folder(path: str | os.PathLike, what: str) -> pathlib.Path:
+    """Returns the path of a run's folder: absolute on a file system; at gs:// an `epath.Path`, used in the same way.
+
+    Raises:
+      UserError: another store's URL, or gs:// without gcsfs; `what` is named.
+    """
+    if not re.match(r"\w+://", str(path)):
+        return pathlib.Path(path).absolute()
+    if not at_store(path):
+        raise UserError(f"{what} is {str(path)!r}; it may be a folder (a mounted bucket too) or a gs:// URL.")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{what} is {str(path)!r}, which needs gcsfs: pip install -e '.[gcs]'.")
+    from etils import epath
+
+    return epath.Path(str(path))
+
+
+def at_store(path: str | os.PathLike) -> bool:
+    """Tells whether a path is one at gs://."""
+    return str(path).startswith("gs://")
+
+
+@contextlib.contextmanager
+def reaching(path: pathlib.Path) -> Iterator[None]:
+    """For what is done at gs://: what others wrote is seen, and what the store refuses is told in one line."""
+    if not at_store(path):
+        yield
+        return
+    import fsspec
+
+    fsspec.filesystem("gcs", finalize_on_close=True).invalidate_cache()  # the file system that epath uses
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot use {str(path)!r}: {type(error).__name__}: {_first_line(error)}.") from error
 
 
 class Remote:
@@ -44,6 +88,7 @@ class Remote:
         import tensorstore
 
         self.url = url.rstrip("/") + "/"
+        context = context or tensorstore.Context(_PATIENCE)
         try:
             self._store = tensorstore.KvStore.open(self.url, context=context).result()
         except Exception as error:
@@ -57,6 +102,9 @@ class Remote:
 
     def write(self, key: str, data: bytes) -> None:
         self._do(key, self._store.write, key, data)
+
+    def delete(self, key: str) -> None:
+        self._do(key, self._store.write, key, None)
 
     def list(self) -> list[str]:
         """Returns the names of all objects, sorted."""
@@ -97,17 +145,48 @@ def fetch_file(
     return place / name
 
 
-def upload(folder: pathlib.Path, names: Sequence[str], remote: Remote) -> list[str]:
-    """Copies the files and folders of these names, where they are there, below a URL; returns what was copied."""
+def upload(
+    folder: pathlib.Path, names: Sequence[str], remote: Remote, known: dict[str, tuple[int, int]] | None = None
+) -> list[str]:
+    """Copies the files and folders of these names, where they are there, below a URL; returns what was copied.
+
+    Args:
+      known: {file: (time of its last change, size)} of what is there already; it is left out, and the new ones added.
+    """
     done = []
     for name in names:
         path = folder / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                key = file.relative_to(folder).as_posix()
-                remote.write(key, file.read_bytes())
-                done.append(key)
+                key, stat = file.relative_to(folder).as_posix(), file.stat()
+                look = (stat.st_mtime_ns, stat.st_size)
+                if known is None or known.get(key) != look:
+                    remote.write(key, file.read_bytes())
+                    done.append(key)
+                if known is not None:
+                    known[key] = look
     return done
+
+
+def download(url: str, names: Sequence[str], folder: pathlib.Path) -> list[str]:
+    """Makes `folder` hold what a URL does of these names, files or folders, and no other of them; returns the files."""
+    remote, there = Remote(url), {}
+    for name in names:
+        data = remote.read(name)
+        if data is not None:
+            there[name] = data
+            continue
+        inside = Remote(f"{remote.url}{name}")
+        there |= {f"{name}/{key}": inside.read(key) for key in inside.list() if key and not key.endswith("/")}
+    for name in names:
+        path = folder / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and file.relative_to(folder).as_posix() not in there:
+                file.unlink()
+    for key, data in there.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / key, data or b"")
+    return sorted(there)
 
 
 def _first_line(error: BaseException) -> str:

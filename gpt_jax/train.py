@@ -57,7 +57,8 @@ def train(
     started = time.monotonic()
     with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
         log = distributed.said_once(log)
-        distributed.check_shared(directory.path)
+        if not directory.url:
+            distributed.check_shared(directory.path)
         distributed.check_devices(config.distributed.devices, config.distributed.device_kind)
         run = build_run(config, log)
         distributed.check_equal(**{"the data": run.data.fingerprint()})
@@ -163,7 +164,7 @@ def settle_config(config: Config, directory: Workdir, accept: bool, log: Callabl
     changes = {}
     if old is not None:
         found = compare(old, new)
-        for line in decide(found, accept, directory.path):
+        for line in decide(found, accept, directory.name):
             log(line)
         changes = found.as_history()
     return changes
@@ -231,12 +232,13 @@ def tracker(config: Config, directory: Workdir) -> Any:
 
 
 def copier(url: str, directory: Workdir, log: Callable[[str], None]) -> Callable[[], None]:
-    """Returns what copies the run's logs to an object store; a store that fails is told of and does not end the run."""
+    """Returns what sends a gs:// run's files there, and copies logs to `url`, whose failing does not end the run."""
     refuse = "" if not url or is_url(url) else url
     if refuse:
         raise UserError(f"log.copy_to is {refuse!r}; it is a URL, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
 
     def copy() -> None:
+        directory.publish()
         try:
             directory.copy_to(url)
         except UserError as error:
@@ -283,7 +285,7 @@ def finish(
     """Ends a run: its history, its report, and the summary that scripts read."""
     finished = done >= run.config.steps
     directory.add_history("finish" if finished else "preempted", done)
-    summary: dict[str, Any] = {"workdir": str(directory.path), "step": done, "steps": run.config.steps}
+    summary: dict[str, Any] = {"workdir": directory.name, "step": done, "steps": run.config.steps}
     if finished and directory.writes:
         known = directory.read_json("baselines.json")
         if known is None and run.data.valid and start < done and any(k.endswith("bits_per_byte") for k in values):

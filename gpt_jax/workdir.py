@@ -7,6 +7,10 @@
             samples/           texts                        report.md        see report.py
 
 Files are replaced whole (files.py), so a kill at any moment leaves each readable.
+
+A run directory may be a gs:// URL. Its checkpoints then lie only there; the other files are written to a copy in the
+cache, which begins with what is there and is sent there before each checkpoint and at the end, so that a run goes on
+from any machine. The lock is that copy's: it keeps out other processes of this host, not other hosts.
 """
 
 from __future__ import annotations
@@ -30,9 +34,10 @@ from typing import Any
 
 import jax
 
+from gpt_jax.data.cache import cache_root, content_hash
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write, clean_leftovers, explain_no_space, fsync_folder
-from gpt_jax.remote import Remote, refuse_url, upload
+from gpt_jax.remote import Remote, download, is_url, run_folder, upload
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: 'restart me'
 
@@ -42,7 +47,8 @@ _PACKAGES = (
 )
 _COPIED = (
     *("config.json", "environment.json", "history.jsonl", "metrics.jsonl", "evaluation.json", "baselines.json"),
-    *("code.diff", "report.md", "loss.png", "samples", "tensorboard", "tokenizer"),
+    *("memory.json", "code.diff", "report.md", "report.html", "loss.png"),
+    *("samples", "spikes", "tensorboard", "tokenizer"),
 )
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 
@@ -51,18 +57,23 @@ class Workdir:
     """Names, reads and writes the files of one run directory. Get one with `open_workdir`.
 
     Of several processes only the first writes: on the others the writing methods do nothing.
+
+    Args:
+      path: the directory, or the copy of what is small in the one at `url`.
     """
 
-    def __init__(self, path: str | os.PathLike, writes: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike, writes: bool = True, url: str = "") -> None:
         self.path = pathlib.Path(path)
+        self.url = url
         self.writes = writes
+        self._sent: dict[str, dict[str, tuple[int, int]]] = {}
         self.config_path = self.path / "config.json"
         self.environment_path = self.path / "environment.json"
         self.diff_path = self.path / "code.diff"
         self.history_path = self.path / "history.jsonl"
         self.metrics_path = self.path / "metrics.jsonl"
         self.tensorboard_path = self.path / "tensorboard"
-        self.checkpoints_path = self.path / "checkpoints"
+        self.checkpoints_path = (run_folder(url, "--workdir") if url else self.path) / "checkpoints"
         self.tokenizer_path = self.path / "tokenizer"
         self.samples_path = self.path / "samples"
         self.report_path = self.path / "report.md"
@@ -127,13 +138,24 @@ class Workdir:
             os.replace(temporary, self.tokenizer_path)
             fsync_folder(self.path)
 
+    @property
+    def name(self) -> str:
+        """What the user calls it: its path or URL."""
+        return self.url or str(self.path)
+
     def copy_to(self, url: str) -> list[str]:
-        """Copies what is small (config, logs, report, samples, not checkpoints) to an object store; returns the names.
+        """Copies what is small and has changed since (config, logs, report, samples) to an object store; returns names.
 
         Raises:
           UserError: the store cannot be reached.
         """
-        return upload(self.path, _COPIED, Remote(url)) if url and self.writes else []
+        if not url or not self.writes:
+            return []
+        return upload(self.path, _COPIED, Remote(url), self._sent.setdefault(url, {}))
+
+    def publish(self) -> None:
+        """Sends a gs:// run directory's small files there; of one on a file system they are there already."""
+        self.copy_to(self.url)
 
     def write_sample(self, step: int, text: str) -> pathlib.Path:
         """Writes the texts sampled at a step; returns the file."""
@@ -162,14 +184,17 @@ def open_workdir(path: str | os.PathLike, lock: bool = True) -> Iterator[Workdir
     """Opens a run directory, made if there is none, and keeps other processes out of it while the block runs.
 
     Args:
-      path: the directory.
+      path: the directory, or a gs:// URL.
       lock: False only reads: no lock, nothing created (`eval` and `sample` beside a running training). Of several
         processes the first takes the lock for all.
 
     Raises:
       UserError: in use by another process (named by its id), not a directory, not writable, or absent (lock=False).
     """
-    refuse_url(path, "--workdir", "mount the bucket and give the folder; log.copy_to copies a run's logs to a URL")
+    if is_url(path):
+        with _open_url(str(path).rstrip("/"), lock) as workdir:
+            yield workdir
+        return
     if lock and jax.process_index() > 0:
         yield Workdir(path, writes=False)
         return
@@ -185,9 +210,23 @@ def open_workdir(path: str | os.PathLike, lock: bool = True) -> Iterator[Workdir
         raise UserError(f"--workdir is {str(path)!r}, which is a file or lies below one; give a folder.") from None
     except PermissionError:
         raise UserError(f"--workdir is {str(path)!r}, which may not be created: permission denied.") from None
-    with _locked(workdir.path):
+    with _locked(workdir.path, workdir.name):
         clean_leftovers(workdir.path)
         yield workdir
+
+
+@contextlib.contextmanager
+def _open_url(url: str, lock: bool) -> Iterator[Workdir]:
+    run_folder(url, "--workdir")  # refuses other stores
+    first = lock and jax.process_index() == 0
+    role = f"process-{jax.process_index()}" if lock else "read"
+    folder = cache_root() / "runs" / f"{content_hash(url)}-{role}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, url) if first else contextlib.nullcontext():
+        found = download(url, _COPIED, folder)
+        if not lock and not found:
+            raise UserError(f"no run directory {url!r}.")
+        yield Workdir(folder, writes=first, url=url)
 
 
 class _Lock:
@@ -216,17 +255,16 @@ class _Lock:
 
 
 @contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
+def _locked(folder: pathlib.Path, name: str) -> Iterator[None]:
     try:
         lock = _Lock(folder / ".lock")
     except PermissionError:
-        raise UserError(f"the run directory {str(folder)!r} is not writable.") from None
+        raise UserError(f"the run directory {name!r} is not writable.") from None
     try:
         holder = lock.take(f"process {os.getpid()} on {platform.node()}")
         if holder:
             raise UserError(
-                f"the run directory {str(folder)!r} is in use by {holder}: "
-                "wait for it, end it, or give another --workdir."
+                f"the run directory {name!r} is in use by {holder}: wait for it, end it, or give another --workdir."
             )
         yield
     finally:

@@ -16,7 +16,7 @@ from gpt_jax.data.readers import expand_paths
 from gpt_jax.data.store import fetch_store, is_store, open_store
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.remote import Remote, fetch_file, is_url, upload
+from gpt_jax.remote import Remote, download, fetch_file, is_url, run_folder, upload
 from gpt_jax.train import copier
 from gpt_jax.workdir import Workdir, open_workdir
 
@@ -157,19 +157,61 @@ def test_upload_names_what_is_there(memory, tmp_path):
     remote, _ = memory
     (tmp_path / "a").write_text("1")
     assert upload(tmp_path, ["a", "b"], remote) == ["a"] and remote.list() == ["a"]
+    known = {}
+    assert upload(tmp_path, ["a"], remote, known) == ["a"] and upload(tmp_path, ["a"], remote, known) == []
+    (tmp_path / "a").write_text("22")
+    assert upload(tmp_path, ["a"], remote, known) == ["a"] and remote.read("a") == b"22"
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
-def test_what_needs_a_folder_says_so(url, tmp_path, capsys):
+def test_a_download_makes_the_folder_what_the_store_is(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    for name in ("config.json", "samples/1.txt", "checkpoints/1/data"):
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text(name)
+    (here / "samples").mkdir(parents=True)
+    for name in ("samples/2.txt", "metrics.jsonl", ".lock"):
+        (here / name).write_text("old")
+    names = ("config.json", "metrics.jsonl", "samples")
+    assert download(f"file://{there}", names, here) == ["config.json", "samples/1.txt"]
+    assert sorted(p.relative_to(here).as_posix() for p in here.rglob("*") if p.is_file()) == [
+        ".lock",
+        "config.json",
+        "samples/1.txt",
+    ]
+
+
+def test_what_needs_a_folder_or_gs_says_so(capsys):
+    url = "s3://bucket/run"
     assert main(["train", "--config=causal_lm", f"--workdir={url}"]) == 1
-    assert f"--workdir is '{url}', but it needs a folder" in capsys.readouterr().err
+    assert f"--workdir is '{url}'; it may be a folder" in capsys.readouterr().err
     assert main(["sample", f"--workdir={url}"]) == 1
-    assert "mount the bucket, or copy the run's folder to a disk" in capsys.readouterr().err
+    assert "or a gs:// URL" in capsys.readouterr().err
     with pytest.raises(UserError, match="the checkpoint's path is"):
         find_checkpoint(url)
     with pytest.raises(UserError, match="the folder of checkpoints is"):
         Checkpointer(url)
-    assert not pathlib.Path(url.split("/")[0]).exists()
+    assert not pathlib.Path("s3:").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ablate", "--config=ablations/ffn", "--workdir=gs://bucket/run"],
+        ["replay", "gs://bucket/run", "--step=3"],
+        ["inspect", "--workdir=gs://bucket/run"],
+        ["convert", "--from-hf=model", "--workdir=gs://bucket/run"],
+    ],
+)
+def test_commands_that_write_a_folder_refuse_a_url(command, capsys):
+    assert main(command) == 1
+    assert "it needs a folder of a file system" in capsys.readouterr().err
+    assert not pathlib.Path("gs:").exists()
+
+
+def test_without_gcsfs_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs gcsfs: pip install -e '\.\[gcs\]'"):
+        run_folder("gs://bucket/run", "--workdir")
 
 
 def test_an_unknown_scheme_is_a_mistake():

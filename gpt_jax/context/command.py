@@ -18,6 +18,7 @@ from gpt_jax.context.streaming import SINKS, streamed_losses
 from gpt_jax.errors import UserError, choose
 from gpt_jax.files import atomic_write
 from gpt_jax.model import Transformer
+from gpt_jax.remote import refuse_url
 
 FIGURES = ("strided", "position", "budget", "streaming", "passkey")
 
@@ -84,6 +85,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         args.batch_size,
         args.seed,
     )
+    if not args.out:
+        refuse_url(args.workdir, "--workdir", "say with --out where pages and figures go")
     folder = pathlib.Path(args.out or pathlib.Path(args.workdir) / "context")
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"workdir": args.workdir, "step": step, "context": context, "folder": str(folder)}

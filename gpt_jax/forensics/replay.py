@@ -19,6 +19,7 @@ from gpt_jax.files import atomic_write
 from gpt_jax.forensics.rerun import differences, open_recorded
 from gpt_jax.forensics.spikes import batch_ids, build_examine, jsonable
 from gpt_jax.forensics.trace import trace_update
+from gpt_jax.remote import refuse_url
 from gpt_jax.run import Run, build_run
 from gpt_jax.train import initial_state
 
@@ -36,6 +37,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
     if overrides:
         raise UserError(f"replay takes no --config.{next(iter(overrides))}: it repeats what the run did.")
+    refuse_url(args.workdir, "the run to replay", "copy the run's folder to a disk")
     result = replay(args.workdir, args.step, always_trace=args.trace)
     path = pathlib.Path(args.workdir) / "replay" / f"step_{args.step:08d}.json"
     path.parent.mkdir(exist_ok=True)

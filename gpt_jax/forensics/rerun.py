@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from gpt_jax.forensics.spikes import jsonable
 from gpt_jax.metrics import read_rows
 from gpt_jax.run import Run, build_run, saved_config
 from gpt_jax.train import initial_state
-from gpt_jax.workdir import Workdir, describe_environment
+from gpt_jax.workdir import describe_environment, open_workdir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +80,8 @@ def rerun(workdir: str, steps: int) -> dict[str, Any]:
 def open_recorded(workdir: str) -> tuple[Run, dict[int, dict[str, Any]]]:
     """Rebuilds a run and reads its rows by step."""
     run = build_run(resolve(saved_config(workdir)), log=lambda line: None)
-    return run, {row["step"]: row for row in read_rows(pathlib.Path(workdir) / "metrics.jsonl")}
+    with open_workdir(workdir, lock=False) as directory:
+        return run, {row["step"]: row for row in read_rows(directory.metrics_path)}
 
 
 def differences(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
@@ -96,8 +96,8 @@ def differences(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tupl
 
 def environment_changes(workdir: str, run: Run) -> dict[str, list[Any]]:
     """What a result depends on beside the config that is not as the run recorded it: code, versions, devices, data."""
-    directory = Workdir(workdir)
-    then = directory.read_json("environment.json") or {}
+    with open_workdir(workdir, lock=False) as directory:
+        then = directory.read_json("environment.json") or {}
     now = json.loads(json.dumps({**describe_environment(), "data": run.data.info}))
     out = {}
     for key in ("code", "python", "packages", "devices", "variables", "data"):

@@ -16,6 +16,7 @@ from gpt_jax.inspect import compare, forward, heads
 from gpt_jax.inspect.page import finite, inspection_page
 from gpt_jax.loading import Loaded, load
 from gpt_jax.objectives.base import objective_class
+from gpt_jax.remote import refuse_url
 
 _SCORES = ("induction", "previous", "duplicate")
 
@@ -52,6 +53,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         raise UserError("activation patching needs both --clean and --corrupt.")
     if args.tokens < 2 or args.texts < 1:
         raise UserError(f"--tokens is {args.tokens} and --texts {args.texts}; at least 2 tokens and 1 text are needed.")
+    if not args.out:
+        refuse_url(args.workdir, "--workdir", "say with --out where pages and figures go")
     run = load(args.workdir, step=args.step, weights=args.weights)
     numbers = inspect_run(run, args)
     out = pathlib.Path(args.out or pathlib.Path(args.workdir) / "inspect")
