@@ -29,15 +29,22 @@ def server():
 
 @pytest.fixture
 def gpt_jax(server, tmp_path):
-    """Runs a command on a machine of that name, which has a cache of its own; returns the finished process."""
+    """Runs a command on a machine of that name, which has a cache of its own; returns the finished process.
+
+    With `processes` it is launched as so many, of one device each.
+    """
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 40)
 
-    def run(*command, host="one", code=0, **environment):
+    def run(*command, host="one", code=0, processes=0):
         env = os.environ | server.environment | {"GPT_JAX_CACHE": str(tmp_path / host), "JAX_PLATFORMS": "cpu"}
+        start = [sys.executable, "-m", "gpt_jax.cli", *command]
+        if processes:
+            start = [sys.executable, "-m", "gpt_jax.launch", f"--processes={processes}", "--", *start]
+            env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
         done = subprocess.run(
-            [sys.executable, "-m", "gpt_jax.cli", *command],
+            start,
             cwd=tmp_path,
-            env=env | environment,
+            env=env,
             capture_output=True,
             text=True,
             timeout=300,
@@ -77,6 +84,18 @@ def test_a_run_goes_on_from_another_machine_and_is_read_there(server, gpt_jax, t
     gpt_jax("plan", "--here", *OPTIONS, *TINY, f"--workdir={RUN}", host="three")
     assert not any(".preflight" in name for name in server.names("bucket"))
     assert not (tmp_path / "gs:").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_a_run_that_one_goes_on_with(server, gpt_jax):
+    gpt_jax("train", *OPTIONS, *TINY, f"--workdir={RUN}", processes=2)
+    names = server.names("bucket")
+    for part in (0, 1):  # each wrote its own
+        assert any(f"/checkpoints/8/state/ocdbt.process_{part}/d/" in name for name in names)
+    found = json.loads(gpt_jax("eval", f"--workdir={RUN}", host="two").stdout.splitlines()[-1])
+    assert found["step"] == 8
+    done = gpt_jax("train", *OPTIONS, *TINY, f"--workdir={RUN}", "--config.steps=9", "--accept-changes", host="two")
+    assert "continuing at step 8 of 9" in done.stdout + done.stderr
 
 
 @pytest.mark.slow
