@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -140,10 +141,11 @@ def train(
                     watch(*pending[:2], state)
                     pending = None
                     with clock.pause():
-                        if evaluating:
-                            values = validate(done, state.eval_params(config.eval.weights))
-                        if sampling:
-                            sample(done, state.eval_params(config.eval.weights))
+                        with saved_if_it_fails(functools.partial(save, done, state) if settled else None, log):
+                            if evaluating:
+                                values = validate(done, state.eval_params(config.eval.weights))
+                            if sampling:
+                                sample(done, state.eval_params(config.eval.weights))
                         if saving:
                             save(done, state)
                 if stopping and not last:
@@ -156,6 +158,18 @@ def train(
         save.copy_logs()
         distributed.gather("done")
         return summary
+
+
+@contextlib.contextmanager
+def saved_if_it_fails(save: Callable[[], None] | None, log: Callable[[str], None]) -> Iterator[None]:
+    """Saves before an error of validation or sampling ends the run: no step of training is lost to it."""
+    try:
+        yield
+    except Exception:
+        if save and not distributed.several():  # the others have not failed, and would have to save with this one
+            save()
+            log("saved before the error that follows; the same command goes on from here")
+        raise
 
 
 def settle_config(config: Config, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import optax
 import pytest
 
 from gpt_jax.checkpoint import Checkpointer, list_steps
+from gpt_jax.config import resolve
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import read_rows
 from gpt_jax.resume import continued_state
@@ -292,3 +293,32 @@ def test_the_stress_script_says_what_it_takes():
     command = [sys.executable, str(ROOT / "scripts" / "stress_resume.py"), "--help"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "--kills" in done.stdout
+
+
+def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
+    module = importlib.import_module("gpt_jax.train")
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 40)
+    tree = {
+        "steps": 5,
+        "batch_size": 8,
+        "context_length": 16,
+        "model": {"num_layers": 1, "d_model": 16, "num_heads": 1},
+        "data": {"path": str(tmp_path / "text.txt"), "tokenizer": {"kind": "byte"}},
+        "eval": {"every_steps": 0},
+        "checkpoint": {"every_steps": 0},
+        "sample": {"prompts": ()},
+    }
+    said = []
+
+    def fails(*_, **__):
+        raise RuntimeError("a metric that cannot be had")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate_all", fails)
+        with pytest.raises(RuntimeError, match="a metric"):
+            module.train(resolve(tree), str(tmp_path / "run"), log=said.append)
+    assert list_steps(tmp_path / "run" / "checkpoints") == [5]
+    assert sum("saved before the error" in line for line in said) == 1
+    done = module.train(resolve(tree | {"steps": 6}), str(tmp_path / "run"), accept_changes=True, log=said.append)
+    assert done["step"] == 6 and "valid/loss" in done
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
