@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--count", type=int, default=40, help="synthetic examples per class")
     parser.add_argument("--oversample", type=int, default=5, help="candidates before a filter, times --count")
     parser.add_argument("--generator-steps", type=int, default=100)
-    parser.add_argument("--generator-rate", type=float, default=5e-4)
+    parser.add_argument("--generator-rate", type=float, default=0.0, help="learning rate; 0: the classifier's")
     parser.add_argument("--test-limit", type=int, default=0, help="0 tests on all examples")
     parser.add_argument("--neighbours-of", default="", metavar="FILES", help="text for EDA; default: the task's own")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,8 +62,10 @@ def main(argv: list[str]) -> int:
         config.context_length,
         config.optimizer.learning_rate,
         config.optimizer.weight_decay,
+        config.optimizer.name,
     )
-    generator = dataclasses.replace(recipe, steps=args.generator_steps, batch_size=8, learning_rate=args.generator_rate)
+    rate = args.generator_rate or recipe.learning_rate
+    generator = dataclasses.replace(recipe, steps=args.generator_steps, batch_size=8, learning_rate=rate)
     protocol = Protocol(args.per_class, args.count, args.oversample, args.splits, generator, args.test_limit, args.seed)
     out = pathlib.Path(args.out)
     experiment = Experiment(task, config.objective, recipe, models, protocol, neighbours, out)

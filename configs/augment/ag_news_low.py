@@ -7,5 +7,5 @@ from gpt_jax.presets import fine_tune
 
 def get_config():
     config = fine_tune(dict(name="classify"), ("ag_news",), steps=100, batch_size=16, context_length=64)
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 0.005
     return config

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt_jax.augment.base import Filter, Generator, as_rows, augment_task, per_label
 from gpt_jax.augment.controls import EDA, Copy, distributional_neighbours
-from gpt_jax.augment.finetune import Recipe
+from gpt_jax.augment.finetune import RATES, Recipe
 from gpt_jax.augment.report import fidelity, figures, write_report
 from gpt_jax.errors import UserError, choose
 from gpt_jax.files import atomic_write
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=100, help="synthetic examples of each class")
     parser.add_argument("--oversample", type=int, default=1, help="candidates, in multiples of --count; the best stay")
     parser.add_argument("--steps", type=int, default=100, help="steps of tuning the generator on the originals")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of that tuning")
+    parser.add_argument("--learning-rate", type=float, default=0.0, help="of that tuning; 0: 1e-3, or 0.02 of Muon")
     parser.add_argument("--length", type=int, default=64, help="tokens of an example at most")
     parser.add_argument("--prefix-words", type=int, default=3, help="lm_prefix: words of an original that begin a text")
     parser.add_argument("--rate", type=float, default=1 / 7, help="mlm: part of the tokens replaced")
@@ -170,7 +170,9 @@ def make_generator(args: argparse.Namespace, task: Task, train: Sequence[Any]) -
     from gpt_jax.loading import load
 
     run = load(_needed(args.base, "--from"))
-    recipe = Recipe(args.steps, min(8, len(train)), args.length, args.learning_rate)
+    optimizer = run.config.optimizer.name if run.config.optimizer.name in RATES else "adamw"
+    rate = args.learning_rate or RATES[optimizer]
+    recipe = Recipe(args.steps, min(8, len(train)), args.length, rate, optimizer=optimizer)
     if args.method == "mlm":
         return MaskedSubstitution(run, task.labels, recipe, rate=args.rate, temperature=args.temperature)
     sampler = dict(temperature=args.temperature, top_p=args.top_p, per_class=max(16, args.count))

@@ -18,16 +18,22 @@ from gpt_jax.sharding import make_mesh
 from gpt_jax.step import build_train_step
 from gpt_jax.tasks import Task
 
+RATES = {"adamw": 1e-3, "muon": 0.02}  # of each optimizer that a generator may be tuned with
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune: steps of `batch_size` rows of `length` tokens, the rate warmed up over 10% and then to 0."""
+    """How to fine-tune: steps of `batch_size` rows of `length` tokens, the rate warmed up over 10% and then to 0.
+
+    The optimizer should be that of the pre-training (docs/LOG.md, 2026-11-26).
+    """
 
     steps: int = 100
     batch_size: int = 8
     length: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
+    optimizer: str = "adamw"
 
 
 class FineTuner:
@@ -45,7 +51,7 @@ class FineTuner:
         self.objective, self.rows, self.tokenizer, self.recipe = objective, rows, tokenizer, recipe
         self.start, self.labels = start, tuple(labels)
         rate = make_schedule(peak=recipe.learning_rate, steps=recipe.steps, warmup="10%", end_factor=0.0)
-        optimizer = make_optimizer("adamw", rate, weight_decay=recipe.weight_decay)
+        optimizer = make_optimizer(recipe.optimizer, rate, weight_decay=recipe.weight_decay)
         spec = objective.batch_spec(recipe.batch_size, recipe.length)
         mesh = make_mesh(devices=jax.devices()[:1])
         self.step = build_train_step(objective, optimizer, spec, mesh=mesh)
