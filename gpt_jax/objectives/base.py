@@ -31,6 +31,7 @@ REGISTRY: dict[str, str] = {
     "classify": "gpt_jax.objectives.classify:Classify",
     "denoising": "gpt_jax.objectives.denoising:Denoising",
     "dialogue": "gpt_jax.objectives.dialogue:Dialogue",
+    "distillation": "gpt_jax.objectives.distillation:Distillation",
     "dpo": "gpt_jax.objectives.dpo:DPO",
     "masked_lm": "gpt_jax.objectives.masked_lm:MaskedLM",
     "mixture": "gpt_jax.objectives.compose:Mixture",
