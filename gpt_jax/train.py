@@ -209,16 +209,27 @@ def first_state(
 
 
 def initial_state(run: Run, log: Callable[[str], None]) -> TrainState:
-    """What a run starts from: parameters of its seed, or another run's weights by name."""
+    """What a run starts from: parameters of its seed, or another run's weights by name.
+
+    Raises:
+      UserError: the objective reads a frozen model (a reference, a teacher), and no run gives its weights.
+    """
     state = run.step.init(run.config.seed)
-    init = run.config.init
+    init, given = run.config.init, ()
     if init.source:
         params, restored = restore_subset(init.source, join(state.params, state.frozen), rename=init.rename)
         log(restored.describe())
+        given = restored.restored
         for root, other in run.objective.copies.items():
             log(f"{root}: a copy of {other}")
             params = {**params, root: jax.tree.map(jnp.copy, params[other])}
         state = run.step.with_params(state, params)
+    for root in {pattern.split("/")[0] for pattern in run.objective.frozen} - set(run.objective.copies):
+        if jax.tree.leaves(state.frozen.get(root)) and not any(name.startswith(f"{root}/") for name in given):
+            raise UserError(
+                f"the objective reads a frozen model, {root!r}, whose weights a run must give: --config.init.from=RUN "
+                f"\"--config.init.rename=(('^model/', '{root}/'),)\"."
+            )
     return state
 
 

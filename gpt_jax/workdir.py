@@ -224,9 +224,17 @@ def _open_url(url: str, lock: bool) -> Iterator[Workdir]:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, url) if first else contextlib.nullcontext():
         found = download(url, _COPIED, folder)
-        if not lock and not found:
-            raise UserError(f"no run directory {url!r}.")
+        if not lock and "config.json" not in found:
+            raise UserError(f"no run directory {url!r}: it has no config.json.")
         yield Workdir(folder, writes=first, url=url)
+
+
+def run_files(path: str | os.PathLike) -> pathlib.Path:
+    """Returns the folder where what is small of a run can be read: itself; of one at gs://, a fresh copy."""
+    if not is_url(path):
+        return pathlib.Path(path)
+    with open_workdir(path, lock=False) as workdir:
+        return workdir.path
 
 
 class _Lock:

@@ -80,7 +80,10 @@ def test_a_run_goes_on_from_another_machine_and_is_read_there(server, gpt_jax, t
     assert found["step"] == 8 and found["workdir"] == RUN
     said = gpt_jax("sample", f"--workdir={RUN}", "--prompt=to be", "--max-tokens=4", "--json", host="three").stdout
     assert json.loads(said.splitlines()[-1])["step"] == 8
-    gpt_jax("train", *OPTIONS, *TINY, "--workdir=other", f"--config.init.from={RUN}", "--config.steps=1", host="three")
+    started = (f"--config.init.from={RUN}", "--config.steps=1", "--config.model.d_model=32")
+    said = gpt_jax("train", *OPTIONS, *TINY, "--workdir=other", *started, host="three").stdout
+    assert f"model of {RUN}, whose weights the run starts from: d_model=16" in said
+    assert f"tokenizer of {RUN}" in said and "initialised 0" in said
     gpt_jax("plan", "--here", *OPTIONS, *TINY, f"--workdir={RUN}", host="three")
     assert not any(".preflight" in name for name in server.names("bucket"))
     assert not (tmp_path / "gs:").exists()

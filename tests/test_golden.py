@@ -295,6 +295,20 @@ GOLDEN = {
         },
         specials=MASK,
     ),
+    "distillation": Golden(
+        {"name": "distillation", "teacher": {"num_layers": 1, "d_ff": 24}},
+        text_batch,
+        {
+            "agreement": 0.01923077,
+            "grad_norm": 0.9373762,
+            "kl": 0.59843099,
+            "loss": 2.1958001,
+            "loss/distill": 0.63101166,
+            "loss/lm": 3.7605884,  # causal_lm's, of the same parameters
+            "nll": 3.7605884,
+            "next/loss": 1.970925,
+        },
+    ),
     "dpo": Golden(
         {"name": "dpo"},
         pairs,
