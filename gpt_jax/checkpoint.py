@@ -139,8 +139,9 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            if at_store(folder) and not isinstance(error, UserError):
-                raise UserError(f"cannot write {what} to {str(folder)!r}: {_reason(error)}.") from error
+            if at_store(folder):
+                with reaching(folder):
+                    raise
             if not is_no_space(error):
                 raise
             if jax.process_index() == 0:
@@ -209,6 +210,12 @@ class Checkpointer:
         with self._explain(folder, "the frozen parameters"):
             _start_save(folder, tree, {}).result()
 
+    def discard_frozen(self) -> None:
+        """Deletes what `save_frozen` stored: of a start that was killed before its first checkpoint."""
+        if jax.process_index() == 0 and _is_complete(self.directory / "frozen"):
+            _remove(self.directory / "frozen")
+        _wait_for_all_processes("frozen discarded")
+
     def restore_frozen(self, abstract: Any) -> Any:
         """Reads what `save_frozen` stored, as `restore` reads a state."""
         return restore_frozen(self.directory, abstract)
@@ -234,7 +241,7 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> tuple[p
     """
     given = run_folder(path, "the checkpoint's path")
     with reaching(given):
-        whole = given.name.isdigit() and given.is_dir() and not list_steps(given)
+        whole = given.name.isdigit() and _is_complete(given) and not list_steps(given)
         if whole and not (given / "checkpoints").is_dir():
             if step is not None and step != int(given.name):
                 raise UserError(f"{str(path)!r} is the checkpoint of step {int(given.name)}, not of step {step}.")
@@ -532,6 +539,7 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
             manifest = ocp.checkpointables_metadata(folder).custom_metadata
         whole = manifest["sum"] == _digest(manifest)
     except Exception as error:
+        _refuse_if_unreachable(folder, error)
         raise DamagedCheckpoint(f"its metadata cannot be read ({_reason(error)})") from error
     if not whole:
         raise DamagedCheckpoint("the check sum of its metadata is wrong")
@@ -559,6 +567,7 @@ def _read(folder: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise
+        _refuse_if_unreachable(folder, error)
         raise DamagedCheckpoint(_reason(error)) from error
     wrong = [name for name in plain if sums[name] != arrays[name]["sum"]]
     if wrong:
@@ -567,6 +576,15 @@ def _read(folder: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         name: jax.random.wrap_key_data(leaves[name], impl=arrays[name]["key"]) if _is_key(leaf) else leaves[name]
         for name, leaf in wanted.items()
     }
+
+
+def _refuse_if_unreachable(folder: pathlib.Path, error: Exception) -> None:
+    """Raises UserError where a store could not be asked: that says nothing of the checkpoint. Objects that are absent,
+    or are not what they should be, are damage."""
+    damaged = isinstance(error, (FileNotFoundError, ValueError, KeyError)) or "NOT_FOUND" in str(error)
+    if at_store(folder) and not damaged:
+        with reaching(folder):
+            raise error
 
 
 def _restore_exactly(folder: pathlib.Path, abstract: Any, what: str) -> Any:

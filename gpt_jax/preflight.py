@@ -23,7 +23,7 @@ from typing import Any
 from gpt_jax import distributed
 from gpt_jax.device_checks import Check, check_collectives, check_matmul, check_memory
 from gpt_jax.errors import UserError
-from gpt_jax.remote import Remote, is_url, run_folder
+from gpt_jax.remote import Remote, has_scheme, is_url, run_folder
 from gpt_jax.sharding import AXES
 
 _MIB = 1 << 20
@@ -220,7 +220,7 @@ def check_folder(name: str, folder: str, *, shared: bool, size: int = 8 * _MIB) 
         if trouble:
             return Check(name, False, f"{folder!r} of process {k} on {host!r}: {trouble}")
     try:
-        if shared and not is_url(folder):
+        if shared and not has_scheme(folder):
             distributed.check_shared(folder)
     except UserError as error:
         return Check(name, False, str(error))
@@ -240,7 +240,7 @@ def write_and_read(folder: str, size: int) -> list[float]:
       OSError, UserError: it cannot be written. ValueError: what came back is other than what was written.
     """
     name, data = f".preflight-{uuid.uuid4().hex}", os.urandom(size)
-    if is_url(folder):
+    if has_scheme(folder):
         run_folder(folder, "--workdir")
         store = Remote(folder)
         write, read, remove = (functools.partial(do, name) for do in (store.write, store.read, store.delete))

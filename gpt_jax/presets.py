@@ -174,13 +174,14 @@ def fine_tune(
 ) -> ml_collections.ConfigDict:
     """Returns the config of a run of `novels_3m` on tasks: `init.from` names the run whose weights it starts from.
 
-    Without it the same model starts from scratch, with the tokenizer that `data.tokenizer.path` names or a new one.
+    Without it the same model starts from scratch, with the tokenizer that `data.tokenizer.path` names or a new one. The
+    optimizer is Muon, that of the pre-training: under AdamW its weights hardly move.
     """
     config = novels_3m()
     config.steps, config.batch_size, config.context_length = steps, batch_size, context_length
     config.objective = objective
     config.data.tasks = tasks
-    config.optimizer.update(learning_rate=0.02, warmup="10%", weight_decay=0.01, end_factor=0.0)  # Muon, as before it
+    config.optimizer.update(learning_rate=0.02, warmup="10%", weight_decay=0.01, end_factor=0.0)
     config.eval.update(every_steps=max(1, steps // 4), max_batches=0, max_generated=50)
     config.checkpoint.every_steps = max(1, steps // 2)
     config.sample.prompts = ()

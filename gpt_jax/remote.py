@@ -13,6 +13,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,9 +30,14 @@ def is_url(path: str | os.PathLike) -> bool:
     return _URL.match(str(path)) is not None
 
 
+def has_scheme(path: str | os.PathLike) -> bool:
+    """Tells whether a path is written as a URL, of a store that is known here or not."""
+    return re.match(r"\w+://", str(path)) is not None
+
+
 def refuse_url(path: str | os.PathLike, what: str, instead: str) -> None:
     """Raises UserError if `path` is a URL: `what` needs a local folder; `instead` is the way round."""
-    if re.match(r"\w+://", str(path)):
+    if has_scheme(path):
         raise UserError(f"{what} is {str(path)!r}, but it needs a folder of a file system: {instead}.")
 
 
@@ -41,14 +47,17 @@ def run_folder(path: str | os.PathLike, what: str) -> pathlib.Path:
     Raises:
       UserError: another store's URL, or gs:// without gcsfs; `what` is named.
     """
-    if not re.match(r"\w+://", str(path)):
+    if not has_scheme(path):
         return pathlib.Path(path).absolute()
     if not at_store(path):
         raise UserError(f"{what} is {str(path)!r}; it may be a folder (a mounted bucket too) or a gs:// URL.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{what} is {str(path)!r}, which needs gcsfs: pip install -e '.[gcs]'.")
+    import fsspec
     from etils import epath
 
+    for name in ("gs", "gcs"):  # before epath makes its file system: what TensorStore and other hosts wrote must show
+        fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
     return epath.Path(str(path))
 
 
@@ -59,18 +68,16 @@ def at_store(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def reaching(path: pathlib.Path) -> Iterator[None]:
-    """For what is done at gs://: what others wrote is seen, and what the store refuses is told in one line."""
-    if not at_store(path):
-        yield
-        return
-    import fsspec
+    """Tells in one line what a store at gs:// refuses; the loss of another process stays what it is."""
+    from gpt_jax.distributed import is_lost
 
-    fsspec.filesystem("gcs", finalize_on_close=True).invalidate_cache()  # the file system that epath uses
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        if not at_store(path) or is_lost(error):
+            raise
         raise UserError(f"cannot use {str(path)!r}: {type(error).__name__}: {_first_line(error)}.") from error
 
 
@@ -145,6 +152,18 @@ def fetch_file(
     return place / name
 
 
+def fetch_folder(url: str, root: pathlib.Path) -> pathlib.Path:
+    """Returns a local copy of what lies below a URL, as it is there now."""
+    from gpt_jax.data.cache import locked
+
+    base, _, name = url.rstrip("/").rpartition("/")
+    folder = root / "remote" / hashlib.sha256(base.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / name):
+        download(base, (name,), folder)
+    return folder / name
+
+
 def upload(
     folder: pathlib.Path, names: Sequence[str], remote: Remote, known: dict[str, tuple[int, int]] | None = None
 ) -> list[str]:
@@ -182,7 +201,9 @@ def download(url: str, names: Sequence[str], folder: pathlib.Path) -> list[str]:
         path = folder / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and file.relative_to(folder).as_posix() not in there:
-                file.unlink()
+                file.unlink(missing_ok=True)
+        if path.is_dir() and not any(key.startswith(f"{name}/") for key in there):
+            shutil.rmtree(path)
     for key, data in there.items():
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / key, data or b"")

@@ -23,9 +23,10 @@ from gpt_jax.errors import UserError, choose
 from gpt_jax.model.lora import LORA_BASE
 from gpt_jax.objectives.base import Host, Objective, Setting, build_objective, check_spec, rows_of
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
+from gpt_jax.remote import run_folder
 from gpt_jax.sharding import AXES, DEFAULT_RULES, batch_shardings, make_mesh, path_name
 from gpt_jax.step import TrainStep, build_eval_step, build_predict_step, build_train_step
-from gpt_jax.workdir import open_workdir, run_files
+from gpt_jax.workdir import open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,13 +236,11 @@ ROPE_KEYS = ("rope_scaling", "rope_factor", "rope_low_frequency", "rope_high_fre
 def following_init(config: Config, log: Callable[[str], None]) -> Config:
     """A run that starts from another's weights has its model's shape (unless init.model is False) and its tokenizer
     (unless data.tokenizer.path names one)."""
-    if not config.init.source:
-        return config
-    source = run_files(config.init.source)
-    if not (source / "config.json").is_file():
+    source = config.init.source
+    if not source or not (run_folder(source, "init.from") / "config.json").exists():
         return config
     if config.init.model:
-        theirs = dataclasses.asdict(resolve(saved_config(config.init.source)).model)
+        theirs = dataclasses.asdict(resolve(saved_config(source)).model)
         if config.model.rope_scaling != "none":  # it reads a longer context than theirs
             theirs = {key: value for key, value in theirs.items() if key not in ROPE_KEYS}
         changed = {
@@ -251,11 +250,12 @@ def following_init(config: Config, log: Callable[[str], None]) -> Config:
         }
         if changed:
             shown = ", ".join(f"{key}={value!r}" for key, value in changed.items())
-            log(f"model of {config.init.source}, whose weights the run starts from: {shown}")
+            log(f"model of {source}, whose weights the run starts from: {shown}")
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
-    if not config.data.tokenizer.path and (source / "tokenizer").is_dir():
-        log(f"tokenizer of {config.init.source}, whose weights the run starts from")
-        tokenizer = dataclasses.replace(config.data.tokenizer, path=str(source / "tokenizer"), keep=0)
+    if not config.data.tokenizer.path and (run_folder(source, "init.from") / "tokenizer").is_dir():
+        log(f"tokenizer of {source}, whose weights the run starts from")
+        path = f"{source.rstrip('/')}/tokenizer"
+        tokenizer = dataclasses.replace(config.data.tokenizer, path=path, keep=0)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     return config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
+from gpt_jax.sharding import path_name
 from gpt_jax.step import TrainState, join
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
 from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir
@@ -57,6 +59,7 @@ def train(
     """
     started = time.monotonic()
     with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
+        stack.callback(publish_at_the_end, directory, log)
         log = distributed.said_once(log)
         if not directory.url:
             distributed.check_shared(directory.path)
@@ -152,6 +155,10 @@ def train(
                     break
             if pending is not None:
                 report_row(*pending)
+        ended = start == done == config.steps
+        if ended and distributed.decide(directory.read_json("evaluation.json") is None):
+            with clock.pause():  # an error took it from a run that had come to its end
+                values = validate.evaluate(state.eval_params(config.eval.weights), done)
         checkpointer.wait()
         writer.flush()
         summary = finish(run, directory, done, values, start, stop.requested, time.monotonic() - started, log)
@@ -167,8 +174,11 @@ def saved_if_it_fails(save: Callable[[], None] | None, log: Callable[[str], None
         yield
     except Exception:
         if save and not distributed.several():  # the others have not failed, and would have to save with this one
-            save()
-            log("saved before the error that follows; the same command goes on from here")
+            try:
+                save()
+                log("saved before the error that follows; the same command goes on from here")
+            except UserError as another:
+                log(f"not saved before the error that follows: {another}")
         raise
 
 
@@ -203,6 +213,7 @@ def first_state(
         log(f"continuing at step {latest} of {run.config.steps}")
         return dataclasses.replace(state, frozen=frozen), latest
     state = initial_state(run, log)
+    checkpointer.discard_frozen()
     if jax.tree.leaves(state.frozen):
         checkpointer.save_frozen(state.frozen)
     return state, 0
@@ -224,13 +235,22 @@ def initial_state(run: Run, log: Callable[[str], None]) -> TrainState:
             log(f"{root}: a copy of {other}")
             params = {**params, root: jax.tree.map(jnp.copy, params[other])}
         state = run.step.with_params(state, params)
-    for root in {pattern.split("/")[0] for pattern in run.objective.frozen} - set(run.objective.copies):
-        if jax.tree.leaves(state.frozen.get(root)) and not any(name.startswith(f"{root}/") for name in given):
-            raise UserError(
-                f"the objective reads a frozen model, {root!r}, whose weights a run must give: --config.init.from=RUN "
-                f"\"--config.init.rename=(('^model/', '{root}/'),)\"."
-            )
+    missing = _not_given(run.objective, state.frozen, given)
+    if missing:
+        root = missing.split("/")[0]
+        raise UserError(
+            f"the objective reads a frozen model, {root!r}, and no run gives {missing!r}: --config.init.from=RUN "
+            f"\"--config.init.rename=(('^model/', '{root}/'),)\", of the same shape."
+        )
     return state
+
+
+def _not_given(objective: Any, frozen: Any, given: Iterable[str]) -> str:
+    """The first parameter of a frozen root beside the trained model that no copy and no other run gives; or ''."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen)]
+    own = [name for name in names if any(re.fullmatch(pattern, name) for pattern in objective.frozen)]
+    known, exempt = set(given), {"model", *objective.copies}
+    return next((name for name in own if name.split("/")[0] not in exempt and name not in known), "")
 
 
 def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> None:
@@ -242,6 +262,7 @@ def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         run.data.tokenizer.save(folder)
         directory.save_tokenizer(folder)
+    directory.publish()
 
 
 def flops_per_token(config: Config) -> float:
@@ -270,6 +291,14 @@ def copier(url: str, directory: Workdir, log: Callable[[str], None]) -> Callable
             log(f"log.copy_to: {error}")
 
     return copy
+
+
+def publish_at_the_end(directory: Workdir, log: Callable[[str], None]) -> None:
+    """Sends a gs:// run's files there however the run ends: of one that failed they say why."""
+    try:
+        directory.publish()
+    except UserError as error:
+        log(str(error))
 
 
 def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:
@@ -320,8 +349,9 @@ def finish(
             directory.write_json("evaluation.json", {k.removeprefix("valid/"): v for k, v in values.items()})
         directory.write_json("memory.json", describe_memory(run.step))
         report = write_report(directory.path, evaluation=directory.read_json("evaluation.json"), baselines=known)
-        summary |= {**values, **(known or {}), "report": str(report)}
-        log(f"finished {done} steps in {seconds:.0f} s; report: {report}")
+        shown = f"{directory.url}/{report.name}" if directory.url else str(report)
+        summary |= {**values, **(known or {}), "report": shown}
+        log(f"finished {done} steps in {seconds:.0f} s; report: {shown}")
     elif not finished:
         log(f"stopped at step {done}, saved; run the same command again to continue")
     return summary | {"seconds": round(seconds, 1), "exit_code": 0 if finished or not stopped else EXIT_PREEMPTED}

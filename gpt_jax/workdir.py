@@ -34,10 +34,10 @@ from typing import Any
 
 import jax
 
-from gpt_jax.data.cache import cache_root, content_hash
+from gpt_jax.data.cache import cache_root, content_hash, locked
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write, clean_leftovers, explain_no_space, fsync_folder
-from gpt_jax.remote import Remote, download, is_url, run_folder, upload
+from gpt_jax.remote import Remote, download, has_scheme, run_folder, upload
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: 'restart me'
 
@@ -45,11 +45,12 @@ _PACKAGES = (
     *("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections"),
     *("numpy", "sentencepiece", "tokenizers", "tensorboardX", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
 )
-_COPIED = (
-    *("config.json", "environment.json", "history.jsonl", "metrics.jsonl", "evaluation.json", "baselines.json"),
-    *("memory.json", "code.diff", "report.md", "report.html", "loss.png"),
-    *("samples", "spikes", "tensorboard", "tokenizer"),
+_COPIED = (  # in this order: when the config is there, so is the history of its changes
+    *("environment.json", "history.jsonl", "metrics.jsonl", "evaluation.json", "baselines.json", "memory.json"),
+    *("code.diff", "report.md", "report.html", "loss.png", "wandb_id"),
+    *("samples", "spikes", "profile", "tensorboard", "tokenizer", "config.json"),
 )
+_READ = ("config.json", "environment.json", "metrics.jsonl")  # what is read of a run that another process may write
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 
 
@@ -191,7 +192,7 @@ def open_workdir(path: str | os.PathLike, lock: bool = True) -> Iterator[Workdir
     Raises:
       UserError: in use by another process (named by its id), not a directory, not writable, or absent (lock=False).
     """
-    if is_url(path):
+    if has_scheme(path):
         with _open_url(str(path).rstrip("/"), lock) as workdir:
             yield workdir
         return
@@ -218,23 +219,25 @@ def open_workdir(path: str | os.PathLike, lock: bool = True) -> Iterator[Workdir
 @contextlib.contextmanager
 def _open_url(url: str, lock: bool) -> Iterator[Workdir]:
     run_folder(url, "--workdir")  # refuses other stores
-    first = lock and jax.process_index() == 0
-    role = f"process-{jax.process_index()}" if lock else "read"
-    folder = cache_root() / "runs" / f"{content_hash(url)}-{role}"
+    if not lock:
+        yield Workdir(_copy_to_read(url), writes=False, url=url)
+        return
+    first = jax.process_index() == 0
+    folder = cache_root() / "runs" / f"{content_hash(url)}-process-{jax.process_index()}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, url) if first else contextlib.nullcontext():
-        found = download(url, _COPIED, folder)
-        if not lock and "config.json" not in found:
-            raise UserError(f"no run directory {url!r}: it has no config.json.")
+        download(url, _COPIED if first else _READ, folder)
         yield Workdir(folder, writes=first, url=url)
 
 
-def run_files(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the folder where what is small of a run can be read: itself; of one at gs://, a fresh copy."""
-    if not is_url(path):
-        return pathlib.Path(path)
-    with open_workdir(path, lock=False) as workdir:
-        return workdir.path
+def _copy_to_read(url: str) -> pathlib.Path:
+    """Returns a folder with a run's files as they are at gs:// now; raises UserError if there is no run."""
+    folder = cache_root() / "runs" / f"{content_hash(url)}-read"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if "config.json" not in download(url, _READ, folder):
+            raise UserError(f"no run directory {url!r}: it has no config.json.")
+    return folder
 
 
 class _Lock:

@@ -20,12 +20,16 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from gpt_jax.errors import UserError
+from gpt_jax.files import atomic_write
+from gpt_jax.remote import refuse_url
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "ABLATIONS.md"
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Markdown of an ablation's results: a row per metric and arm, bold where the arm differs beyond its interval."""
+    """Markdown of an ablation's results: a row per metric and arm, bold where the arm differs (Holm's test)."""
     lines = ["| metric | arm | seeds | mean | difference (95%) | p (Holm) |", "|---|---|---:|---:|---|---:|"]
     for metric, arms in summary["results"].items():
         for arm, found in arms.items():
@@ -60,6 +64,10 @@ def main() -> int:
         if name not in names:
             parser.error(f"--only has {name!r}; allowed: {', '.join(names)}.")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        refuse_url(args.workdir, "--workdir", "give a folder, or a mounted bucket's")
+    except UserError as error:
+        parser.error(str(error))
     done, failed = [], []
     for name in wanted:
         folder = pathlib.Path(args.workdir) / name
@@ -67,9 +75,10 @@ def main() -> int:
             command = ["-m", "gpt_jax.cli", "ablate", f"--config=ablations/{name}", f"--workdir={folder}"]
             if subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode:
                 failed.append(name)
+                continue
         if (folder / "summary.json").exists():
             summary = json.loads((folder / "summary.json").read_text())
-            PAGE.write_text(replace_block(PAGE.read_text(), name, table(summary)))
+            atomic_write(PAGE, replace_block(PAGE.read_text(), name, table(summary)))
             done.append(name)
     print(json.dumps({"tables": done, "failed": failed, "page": str(PAGE)}))
     return 1 if failed else 0

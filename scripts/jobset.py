@@ -51,7 +51,7 @@ def manifest(
       claim: a persistent volume claim that all pods mount at /data. restarts: of the whole set.
     """
     checkout = "/tmp/gpt_jax"
-    extras = "tpu" if tpu else "cuda" if gpus else ""
+    extras = "tpu,gcs" if tpu else "cuda,gcs" if gpus else "gcs"
     setup = (
         f"git clone --quiet --no-checkout {shlex.quote(repo)} {checkout} && git -C {checkout} checkout --quiet {commit}"
     )

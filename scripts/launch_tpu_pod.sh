@@ -110,7 +110,7 @@ code=75
 for ((left = restarts; left >= 0; left--)); do
   ensure_slice
   if tpu tpu-vm scp "$bundle" scripts/_host.sh "$name:" --worker=all &&
-    on_all "bash _host.sh $(basename "$bundle") $commit gpt_jax tpu"; then
+    on_all "bash _host.sh $(basename "$bundle") $commit gpt_jax tpu,gcs"; then
     on_all "$remote" 2>&1 | tee "$output" || true
   fi
   gather_logs

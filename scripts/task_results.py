@@ -84,6 +84,15 @@ def rows() -> tuple[Row, ...]:
     )
 
 
+def config_hash(row: Row) -> str:
+    """Of everything that a row trains with but its start and seed."""
+    from gpt_jax.config import load, to_dict
+    from gpt_jax.data.cache import content_hash
+
+    keys = dict(text.removeprefix("--config.").split("=", 1) for text in row.overrides)
+    return content_hash(json.loads(json.dumps(to_dict(load(row.config, keys)))))
+
+
 def run(command: list[str], log: pathlib.Path) -> dict:
     """Runs a command and returns the JSON of its last line; 75 (stopped) is run again."""
     while True:
@@ -126,6 +135,7 @@ def measure(row: Row, start: str, seed: int, base: pathlib.Path, out: pathlib.Pa
         "row": row.name,
         "start": start,
         "seed": seed,
+        "config": config_hash(row),
         "metric": row.metric,
         "score": next(v for k, v in scores.items() if k == f"valid/{row.metric}" or k.endswith(f"/{row.metric}")),
         "scores": {k.removeprefix("valid/"): v for k, v in scores.items() if k.startswith("valid/")},
@@ -186,6 +196,12 @@ def main() -> int:
             parser.error(f"--base is {args.base!r}; it must be the workdir of a finished run.")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         begun, done = time.monotonic(), {(r["row"], r["start"], r["seed"]) for r in results}
+        hashes = {row.name: config_hash(row) for row in table_rows}
+        for r in results:
+            if r.get("config") != hashes.get(r["row"]):
+                parser.error(
+                    f"{path} has {r['row']!r} of another config than today's: give another --out, or delete it."
+                )
         for row, start, seed in cells([row for row in table_rows if row.name in wanted]):
             late = args.hours and time.monotonic() - begun > 3600 * args.hours
             if late or (row.name, start, seed) in done:

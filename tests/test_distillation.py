@@ -10,6 +10,7 @@ from helpers import tiny
 from scipy.special import log_softmax
 from training import train
 
+from gpt_jax.checkpoint import load_params
 from gpt_jax.cli import main
 from gpt_jax.errors import UserError
 from gpt_jax.model import Transformer
@@ -107,15 +108,15 @@ def test_a_run_takes_its_teacher_from_another_run_and_refuses_to_begin_without(t
     larger = ["--config.model.num_layers=2", "--config.model.d_model=24", "--config.model.num_heads=1"]
     teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
     assert main(["train", "--config=causal_lm", f"--workdir={teacher}", *options, *larger]) == 0
-    own = [*options, *shape, "--config.objective.name=distillation", "--config.init.model=False"]
-    own += ["--config.objective.teacher={'num_layers': 2, 'd_model': 24}", "--config.objective.coefs={'distill': 1.0}"]
-    own = ["train", "--config=quickstart", f"--workdir={student}", *own, "--config.model.positions=learned"]
-    own += ["--config.model.norm=layernorm", "--config.model.ffn=gelu_tanh", "--config.model.qk_norm=False"]
-    own += ["--config.model.bias=True"]
+    own = ["train", "--config=causal_lm", f"--workdir={student}", *options, *shape, "--config.init.model=False"]
+    own += ["--config.objective={'name': 'distillation', 'teacher': {'num_layers': 2, 'd_model': 24}}"]
     assert main(own) == 1
-    assert "a frozen model, 'teacher', whose weights a run must give" in capsys.readouterr().err
+    assert "a frozen model, 'teacher', and no run gives 'teacher/" in capsys.readouterr().err
     own += [f"--config.init.from={teacher}", "--config.init.rename=(('^model/', 'teacher/'),)"]
+    wrong = [*own, "--config.objective={'name': 'distillation', 'teacher': {'num_layers': 3, 'd_model': 24}}"]
+    assert main(wrong) == 1
+    assert "of the same shape" in capsys.readouterr().err
     assert main(own) == 0
-    out = capsys.readouterr().out
-    assert "restored" in out and "teacher/embedding" in out
-    assert "valid/kl" in json.loads(out.strip().splitlines()[-1])
+    assert "valid/kl" in json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    kept, wanted = load_params(student)["teacher"], load_params(teacher)["model"]
+    jax.tree.map(np.testing.assert_array_equal, kept, wanted)

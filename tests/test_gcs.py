@@ -82,8 +82,9 @@ def test_a_run_goes_on_from_another_machine_and_is_read_there(server, gpt_jax, t
     assert json.loads(said.splitlines()[-1])["step"] == 8
     started = (f"--config.init.from={RUN}", "--config.steps=1", "--config.model.d_model=32")
     said = gpt_jax("train", *OPTIONS, *TINY, "--workdir=other", *started, host="three").stdout
-    assert f"model of {RUN}, whose weights the run starts from: d_model=16" in said
+    assert f"model of {RUN}, whose weights the run starts from: " in said and "d_model=16" in said
     assert f"tokenizer of {RUN}" in said and "initialised 0" in said
+    gpt_jax("eval", "--workdir=other", host="four")  # whose tokenizer is that of the run at gs://
     gpt_jax("plan", "--here", *OPTIONS, *TINY, f"--workdir={RUN}", host="three")
     assert not any(".preflight" in name for name in server.names("bucket"))
     assert not (tmp_path / "gs:").exists()
@@ -103,8 +104,16 @@ def test_two_processes_write_a_run_that_one_goes_on_with(server, gpt_jax):
 
 @pytest.mark.slow
 def test_what_a_killed_save_left_is_no_checkpoint(server, gpt_jax):
-    gpt_jax("train", *OPTIONS, *TINY, f"--workdir={RUN}")
+    gpt_jax(
+        "train",
+        *OPTIONS,
+        *TINY,
+        f"--workdir={RUN}",
+        "--config.checkpoint.keep_last=1",
+        "--config.checkpoint.keep_best=0",
+    )
     kept = {name for name in server.names("bucket") if "/checkpoints/" in name}
+    assert not any("/checkpoints/4" in name for name in kept)  # keep_last=1
     for name in kept:  # as killed in the middle of saving 12
         if "/checkpoints/8/" in name and not name.endswith("commit_success.txt"):
             server.put("bucket", name.replace("/checkpoints/8/", "/checkpoints/12/"), b"half")

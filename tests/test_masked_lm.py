@@ -199,13 +199,10 @@ def test_spans_of_a_chosen_length_are_whole_but_for_the_last_one(span):
     batch = {k: np.full_like(v, 5) if k in ("tokens", "targets") else v for k, v in long_batch(64, 128).items()}
     hidden = prepare(batch, select="spans", span=span, rate=0.2)["counts"] > 0
     assert (hidden.sum(axis=1) == 26).all()  # round(0.2 * 128)
-    for row in hidden:
+    for row in hidden:  # spans that touch or overlap make a longer run, a row's end a shorter one
         edges = np.flatnonzero(np.diff(np.r_[0, row.astype(int), 0]))
-        runs = (
-            edges[1::2] - edges[::2]
-        )  # spans that touch or overlap make a longer run; so does a row's end a shorter one
-        ends = edges[1::2][-1] == len(row)
-        assert (runs < span).sum() <= 1 + ends, runs
+        runs, at_the_end = edges[1::2] - edges[::2], edges[1::2][-1] == len(row)
+        assert (runs < span).sum() <= 1 + at_the_end, runs
     if span == 1:
         twin = prepare(batch, select="tokens", rate=0.2)["counts"] > 0
         np.testing.assert_array_equal(hidden, twin)

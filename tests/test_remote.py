@@ -137,7 +137,7 @@ def test_logs_are_copied_and_checkpoints_are_not(tmp_path):
         (run.path / "checkpoints" / "1").mkdir(parents=True)
         (run.path / "checkpoints" / "1" / "data").write_text("x")
         copied = run.copy_to(f"file://{tmp_path}/out")
-    assert copied == ["config.json", "metrics.jsonl", "samples/step_00000003.txt"]
+    assert copied == ["metrics.jsonl", "samples/step_00000003.txt", "config.json"]  # the config last
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert Workdir(tmp_path / "run", writes=False).copy_to("file:///nowhere") == []
 
@@ -171,8 +171,11 @@ def test_a_download_makes_the_folder_what_the_store_is(tmp_path):
     (here / "samples").mkdir(parents=True)
     for name in ("samples/2.txt", "metrics.jsonl", ".lock"):
         (here / name).write_text("old")
-    names = ("config.json", "metrics.jsonl", "samples")
+    (here / "tokenizer").mkdir()
+    (here / "tokenizer" / "old").write_text("old")
+    names = ("config.json", "metrics.jsonl", "samples", "tokenizer")
     assert download(f"file://{there}", names, here) == ["config.json", "samples/1.txt"]
+    assert not (here / "tokenizer").exists()  # an empty one would look like a saved one
     assert sorted(p.relative_to(here).as_posix() for p in here.rglob("*") if p.is_file()) == [
         ".lock",
         "config.json",
@@ -180,8 +183,8 @@ def test_a_download_makes_the_folder_what_the_store_is(tmp_path):
     ]
 
 
-def test_what_needs_a_folder_or_gs_says_so(capsys):
-    url = "s3://bucket/run"
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gcs://bucket/run", "GS://bucket/run"])
+def test_what_needs_a_folder_or_gs_says_so(url, capsys):
     assert main(["train", "--config=causal_lm", f"--workdir={url}"]) == 1
     assert f"--workdir is '{url}'; it may be a folder" in capsys.readouterr().err
     assert main(["sample", f"--workdir={url}"]) == 1
@@ -190,7 +193,7 @@ def test_what_needs_a_folder_or_gs_says_so(capsys):
         find_checkpoint(url)
     with pytest.raises(UserError, match="the folder of checkpoints is"):
         Checkpointer(url)
-    assert not pathlib.Path("s3:").exists()
+    assert not pathlib.Path(url.split("/")[0]).exists()
 
 
 @pytest.mark.parametrize(
@@ -199,6 +202,7 @@ def test_what_needs_a_folder_or_gs_says_so(capsys):
         ["ablate", "--config=ablations/ffn", "--workdir=gs://bucket/run"],
         ["replay", "gs://bucket/run", "--step=3"],
         ["inspect", "--workdir=gs://bucket/run"],
+        ["context", "--workdir=gs://bucket/run"],
         ["convert", "--from-hf=model", "--workdir=gs://bucket/run"],
     ],
 )

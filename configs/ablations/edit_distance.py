@@ -12,12 +12,15 @@ def get_config():
 
 
 def get_ablation():
-    on = {"mlm": 1.0, "edit": 1.0}
+    hidden = {
+        "tokens": {},
+        "spans of 3": {"objective.select": "spans", "objective.span": 3},
+        "spans of 8": {"objective.select": "spans", "objective.span": 8},
+    }
     arms, against = {}, {}
-    for name, hidden in (("tokens", {}), ("spans of 3", {"span": 3}), ("spans of 8", {"span": 8})):
-        options = {"objective.select": "spans"} | {f"objective.{k}": v for k, v in hidden.items()} if hidden else {}
+    for name, options in hidden.items():
         arms[name] = options
-        arms[f"{name}, edit"] = {**options, "objective.coefs": on}
+        arms[f"{name}, edit"] = {**options, "objective.coefs": {"mlm": 1.0, "edit": 1.0}}
         against[f"{name}, edit"] = (name,)
     return Ablation(
         question="Does regularising a masked LM by the soft edit distance lower its edit distance or its loss, and "

@@ -213,7 +213,11 @@ def final_values(path: pathlib.Path, step: int) -> dict[str, float]:
     rows = [row for row in read_rows(path / "metrics.jsonl") if row["step"] == step]
     if not rows:
         raise UserError(f"{path} has no metrics of step {step}.")
-    return {name: value for name, value in rows[-1].items() if name != "step" and not name.startswith("perf/")}
+    found = {name: value for name, value in rows[-1].items() if name != "step" and not name.startswith("perf/")}
+    evaluation = path / "evaluation.json"
+    if evaluation.exists():  # where an error kept validation out of the row, it was made up for later
+        found = {f"valid/{name}": value for name, value in json.loads(evaluation.read_text()).items()} | found
+    return found
 
 
 def data_hash(path: pathlib.Path) -> str:

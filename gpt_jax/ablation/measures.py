@@ -25,7 +25,12 @@ def bert_masking(cell: Cell) -> dict[str, float]:
 
     So that objectives whose own losses ask different questions are asked the same one.
     """
-    same = {"objective.corruption": "bert", "objective.loss_on": "selected", "objective.select": "tokens"}
+    same = {
+        "objective.corruption": "bert",
+        "objective.loss_on": "selected",
+        "objective.select": "tokens",
+        "objective.span": "0",
+    }
     same |= {"objective.rate": "0.15", "objective.shares": "(0.8, 0.1, 0.1)"}
     run, params, _ = restore_run(str(cell.path), overrides=same)
     values = evaluate_all(run, params)

@@ -24,7 +24,9 @@ from gpt_jax.augment.filters import Confidence, Replaced, replaced_rate
 from gpt_jax.augment.finetune import FineTuner, Recipe
 from gpt_jax.augment.report import figures
 from gpt_jax.classifier import TextClassifier
+from gpt_jax.data.cache import content_hash
 from gpt_jax.data.formats import TaskInfo
+from gpt_jax.errors import UserError
 from gpt_jax.loading import Loaded
 from gpt_jax.objectives.base import Host, Setting, build_objective, rows_of
 from gpt_jax.tasks import Task
@@ -93,18 +95,22 @@ class Experiment:
         self.test = [test[i * len(test) // limit] for i in range(min(limit, len(test)))]
         self.pool, self.refused = single_texts(task), held_out_texts(task)
         self.generators: dict[str, Any] = {}
+        protocol = {**dataclasses.asdict(protocol), "splits": 0}  # more splits may follow
+        self.recipe = content_hash([dict(objective), dataclasses.asdict(recipe), protocol])
 
     def run(self, arms: Sequence[str]) -> list[dict[str, Any]]:
         """Runs what is not in results.jsonl yet; returns all rows of these arms."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "results.jsonl"
         rows = read_results(path)
+        if any(row.get("recipe") != self.recipe for row in rows):
+            raise UserError(f"{path} has results of another recipe or protocol: give another --out, or delete it.")
         done = {(row["split"], row["arm"]) for row in rows}
         for split in range(self.protocol.splits):
             for arm in arms:
                 if (split, arm) in done:
                     continue
-                row = {"split": split, "arm": arm, **self.one(split, arm)}
+                row = {"recipe": self.recipe, "split": split, "arm": arm, **self.one(split, arm)}
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)

@@ -68,6 +68,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     for flag, least in (("tokens", 2), ("longest", 1), ("trials", 1), ("batch_size", 1), ("sinks", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}.")
+    if not args.out:
+        refuse_url(args.workdir, "--workdir", "say with --out where figures go")
     run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
     model = getattr(run.objective, "model", None)
     if model is None or not run.objective.generates:
@@ -85,8 +87,6 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         args.batch_size,
         args.seed,
     )
-    if not args.out:
-        refuse_url(args.workdir, "--workdir", "say with --out where pages and figures go")
     folder = pathlib.Path(args.out or pathlib.Path(args.workdir) / "context")
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"workdir": args.workdir, "step": step, "context": context, "folder": str(folder)}

@@ -13,6 +13,7 @@ from gpt_jax.data.store import is_store, open_store
 from gpt_jax.data.texts import Corpora, Log, Text
 from gpt_jax.data.tokenizer import CONFIG_FILE, ByteTokenizer, Tokenizer, load_tokenizer, train_char
 from gpt_jax.errors import UserError, choose
+from gpt_jax.remote import fetch_folder, is_url
 
 KINDS = ("unigram", "bpe", "char", "byte", "gpt2", "hf")
 _VERSION = 1  # of the training recipes: a change of them raises it, so that old results are not used
@@ -66,7 +67,10 @@ def _in_turn(texts: Sequence[Iterable[str]]) -> Iterator[str]:
 def _existing_tokenizer(config: Any) -> Tokenizer:
     from gpt_jax.data.byte_level_bpe import HuggingFaceTokenizer, load_gpt2
 
-    path = pathlib.Path(expand_variables(config.path))
+    if is_url(config.path):
+        path = fetch_folder(config.path, cache.cache_root())
+    else:
+        path = pathlib.Path(expand_variables(config.path))
     if not path.exists():
         raise UserError(f"data.tokenizer.path {str(path)!r}: no such file or folder.")
     if (path / CONFIG_FILE).is_file():

@@ -29,6 +29,8 @@ from gpt_jax.model.random import fold_name
 from gpt_jax.objectives.base import Batch, Objective, Params, Setting, check_options, text_spec
 from gpt_jax.options import option
 
+TERMS = ("lm", "distill")
+
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(Objective):
@@ -72,7 +74,7 @@ class Distillation(Objective):
         return text_spec(batch_size, context_length)
 
     def prepare(self, batch: Batch, keys: Array, step: Array) -> Batch:
-        return {**batch, "weights": {term: batch["target_weights"] for term in self.coefs}}
+        return {**batch, "weights": {term: batch["target_weights"] for term in TERMS if term in self.coefs}}
 
     def loss(self, params: Params, batch: Batch, keys: Array, train: bool) -> tuple[dict, dict]:
         student_BxTxV = _logits(self.model, params["model"], batch, keys if train else None)
@@ -82,7 +84,7 @@ class Distillation(Objective):
         terms = {"lm": loss_BxT, "distill": s * s * divergence(teacher_BxTxV / s, student_BxTxV / s)}
         same = jnp.argmax(student_BxTxV, -1) == jnp.argmax(teacher_BxTxV, -1)
         measured = {"nll": nll_BxT, "kl": divergence(teacher_BxTxV, student_BxTxV), "agreement": same}
-        sums = {term: jnp.sum(batch["weights"][term] * terms[term]) for term in self.coefs}
+        sums = {term: jnp.sum(batch["weights"][term] * terms[term]) for term in TERMS if term in self.coefs}
         return sums, {name: (jnp.sum(mask * value), jnp.sum(mask)) for name, value in measured.items()}
 
 

@@ -70,7 +70,7 @@ class MaskedLM(Objective):
     coefs: Mapping[str, Any] = option({"mlm": 1.0}, "weight of each term: mlm, next_masked, edit")
     rate: float = option(0.15, "part of a row's tokens that is selected")
     select: str = option("tokens", " | ".join(masking.SELECTIONS))
-    span: int = option(0, "spans: tokens of each; 0 draws its length, 3.8 on average")
+    span: int = option(0, "spans: tokens of each, a few; 0 draws its length, 3.8 on average")
     max_predictions: int = option(0, "most tokens selected in a row; 0 is no bound")
     corruption: str = option("bert", " | ".join(CORRUPTIONS))
     shares: tuple[float, ...] = option((0.8, 0.1, 0.1), "bert: parts replaced by [MASK], by a random token, kept")
