@@ -59,7 +59,7 @@ def train(
     """
     started = time.monotonic()
     with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
-        stack.callback(publish_at_the_end, directory, log)
+        stack.callback(publish_or_say, directory, log)  # however it ends: of one that failed they say why
         log = distributed.said_once(log)
         if not directory.url:
             distributed.check_shared(directory.path)
@@ -278,13 +278,13 @@ def tracker(config: Config, directory: Workdir) -> Any:
 
 
 def copier(url: str, directory: Workdir, log: Callable[[str], None]) -> Callable[[], None]:
-    """Returns what sends a gs:// run's files there, and copies logs to `url`, whose failing does not end the run."""
+    """Returns what sends a gs:// run's files there and copies logs to `url`; a store that fails does not end the run."""
     refuse = "" if not url or is_url(url) else url
     if refuse:
         raise UserError(f"log.copy_to is {refuse!r}; it is a URL, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
 
     def copy() -> None:
-        directory.publish()
+        publish_or_say(directory, log)
         try:
             directory.copy_to(url)
         except UserError as error:
@@ -293,8 +293,8 @@ def copier(url: str, directory: Workdir, log: Callable[[str], None]) -> Callable
     return copy
 
 
-def publish_at_the_end(directory: Workdir, log: Callable[[str], None]) -> None:
-    """Sends a gs:// run's files there however the run ends: of one that failed they say why."""
+def publish_or_say(directory: Workdir, log: Callable[[str], None]) -> None:
+    """Sends a gs:// run's files there; a store that fails for a while does not end the run, the next time sends all."""
     try:
         directory.publish()
     except UserError as error:
