@@ -278,7 +278,7 @@ def tracker(config: Config, directory: Workdir) -> Any:
 
 
 def copier(url: str, directory: Workdir, log: Callable[[str], None]) -> Callable[[], None]:
-    """Returns what sends a gs:// run's files there and copies logs to `url`; a store that fails does not end the run."""
+    """Returns what sends a gs:// run's files there and copies logs to `url`; a store that fails ends no run."""
     refuse = "" if not url or is_url(url) else url
     if refuse:
         raise UserError(f"log.copy_to is {refuse!r}; it is a URL, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
