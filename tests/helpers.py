@@ -1,6 +1,8 @@
 """Tiny models, batches and comparisons that several test files share."""
 
 import functools
+import importlib.util
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,15 @@ from gpt_jax.model import ModelConfig, Transformer
 from gpt_jax.sharding import path_name
 
 VOCAB = 37
+SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
+
+
+def load_script(name: str):
+    """scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny(**overrides) -> ModelConfig:

@@ -1,9 +1,9 @@
 """scripts/ablations.py: the table of a summary, and that what is written by hand beside it stays."""
 
-import importlib.util
 import pathlib
 
 import pytest
+from helpers import load_script
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "ablations.py"
 SUMMARY = {
@@ -25,10 +25,7 @@ SUMMARY = {
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("ablations", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("ablations")
 
 
 def test_a_row_has_mean_difference_and_what_is_missing(script):

@@ -1,21 +1,18 @@
 """scripts/heaps.py: the law it fits, on a vocabulary that grows by one, and what it says of too little text."""
 
-import importlib.util
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from helpers import load_script
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "heaps.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("heaps", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("heaps")
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5])

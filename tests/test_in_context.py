@@ -1,6 +1,5 @@
 """The in-context learning script: its optimum is what perfect memory gets, and a tiny model comes near it (slow)."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -8,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import load_script
 
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.score import Score
@@ -17,10 +17,7 @@ SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "in_contex
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("in_context_learning", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("in_context_learning")
 
 
 class Memory:

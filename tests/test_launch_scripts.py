@@ -1,6 +1,5 @@
 """The launchers for Cloud TPU, SLURM and GKE: dry runs, and real runs against stand-ins for gcloud and srun."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -10,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import load_script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = ["--", "gpt-jax", "train", "--config=gpt3 1b3", "--workdir=/mnt/r"]
@@ -282,10 +282,7 @@ def test_a_python_that_is_too_old_is_replaced(checkout, tmp_path):
 
 @pytest.fixture(scope="module")
 def jobset():
-    spec = importlib.util.spec_from_file_location("jobset", ROOT / "scripts" / "jobset.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("jobset")
 
 
 # The parts of JobSet v1alpha2, batch/v1 Job and core/v1 Pod that the manifest uses: required keys and types.

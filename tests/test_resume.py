@@ -1,6 +1,6 @@
 """`gpt-jax train` continued after kills, on other devices, with changes. At length: scripts/stress_resume.py."""
 
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import load_script
 
 from gpt_jax.ablation.cells import final_values
 from gpt_jax.checkpoint import Checkpointer, list_steps
@@ -30,10 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def stress():
-    spec = importlib.util.spec_from_file_location("stress_resume", ROOT / "scripts" / "stress_resume.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("stress_resume")
 
 
 # ---- the state, without a loop
