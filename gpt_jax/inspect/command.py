@@ -14,9 +14,11 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
 from gpt_jax.inspect import compare, forward, heads
 from gpt_jax.inspect.page import finite, inspection_page
+from gpt_jax.inspect.probes import probe_task
 from gpt_jax.loading import Loaded, load
 from gpt_jax.objectives.base import objective_class
 from gpt_jax.remote import refuse_url
+from gpt_jax.tasks import load_task
 
 _SCORES = ("induction", "previous", "duplicate")
 
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--other", default="", metavar="RUN", help="a checkpoint whose losses on the text to compare with"
     )
     parser.add_argument("--other-step", type=int, default=None, help="its step")
+    parser.add_argument("--probe", default="", metavar="TASK", help="a tagging task: which layers know its tags")
     parser.add_argument("--out", default="", help="folder of inspect.json and inspect.html; default: RUN/inspect")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens that show what heads do")
 
@@ -56,7 +59,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     if not args.out:
         refuse_url(args.workdir, "--workdir", "say with --out where pages and figures go")
     run = load(args.workdir, step=args.step, weights=args.weights)
-    numbers = inspect_run(run, args)
+    probed = _probe(run, args.probe) if args.probe else None
+    numbers = inspect_run(run, args) | ({"probe": probed} if probed else {})
     out = pathlib.Path(args.out or pathlib.Path(args.workdir) / "inspect")
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "inspect.json", json.dumps(finite(numbers), ensure_ascii=False, allow_nan=False) + "\n")
@@ -68,6 +72,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     )
     atomic_write(out / "inspect.html", inspection_page(f"Inside {name}", intro, page_data(run, numbers, name)))
     print(_lines(numbers))
+    if probed:
+        print(_probe_lines(args.probe, probed))
     summary = {"workdir": args.workdir, "step": run.step, **_best(numbers)}
     if "loss" in numbers:
         summary["loss"] = numbers["loss"]["mean"]
@@ -75,6 +81,19 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         summary["difference"] = float(np.mean(numbers["difference"]["difference"]))
     print(json.dumps({**finite(summary), "json": str(out / "inspect.json"), "html": str(out / "inspect.html")}))
     return 0
+
+
+def _probe(run: Loaded, name: str) -> dict[str, Any]:
+    subject = forward.subject_of(run.model, run.params, objective_class(run.config.objective["name"]).generates)
+    return probe_task(subject, run.tokenizer, load_task(name), longest=min(128, run.config.context_length))
+
+
+def _probe_lines(name: str, probed: Mapping[str, Any]) -> str:
+    lines = [f"probe of {name}: {probed['words']} words, most frequent tag {probed['majority']:.3f}"]
+    lines.append("layer   accuracy  control  selectivity")
+    for layer, values in enumerate(zip(probed["accuracy"], probed["control"], probed["selectivity"], strict=True)):
+        lines.append(f"{layer:<5}   {values[0]:8.3f}  {values[1]:7.3f}  {values[2]:11.3f}")
+    return "\n".join(lines)
 
 
 def inspect_run(run: Loaded, args: argparse.Namespace) -> dict[str, Any]:
