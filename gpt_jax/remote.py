@@ -69,14 +69,14 @@ def at_store(path: str | os.PathLike) -> bool:
 @contextlib.contextmanager
 def reaching(path: pathlib.Path) -> Iterator[None]:
     """Tells in one line what a store at gs:// refuses; the loss of another process stays what it is."""
-    from gpt_jax.distributed import is_lost
+    from gpt_jax.distributed import is_lost, several
 
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if not at_store(path) or is_lost(error):
+        if not at_store(path) or (several() and is_lost(error)):
             raise
         raise UserError(f"cannot use {str(path)!r}: {type(error).__name__}: {_first_line(error)}.") from error
 

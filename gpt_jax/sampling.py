@@ -16,7 +16,7 @@ from jax import Array, lax
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import HIDDEN
 
-_BLOCK = 128  # tokens of the vocabulary summed together when drawing
+BLOCK = 128  # tokens of the vocabulary summed together when drawing
 _SMALL = 1024  # vocabularies up to this are sorted: cheaper than a loop over the bits of a threshold
 _ROUNDING = 1e-6  # a set whose probability misses top_p by this much has it
 
@@ -144,7 +144,7 @@ def sample_token(logits_BxV: Array, keys_B: Array, sampling: Sampling | Filters)
 def _draw(p_BxV: Array, keys_B: Array) -> Array:
     """Inverts the distribution function at two uniform numbers: one finds a block of tokens, one the token in it."""
     B, V = p_BxV.shape
-    size = min(_BLOCK, V)
+    size = min(BLOCK, V)
     blocks = -(-V // size)
     p_BxNxS = jnp.pad(p_BxV, ((0, 0), (0, blocks * size - V))).reshape(B, blocks, size)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)

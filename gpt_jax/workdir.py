@@ -226,6 +226,8 @@ def _open_url(url: str, lock: bool) -> Iterator[Workdir]:
     folder = cache_root() / "runs" / f"{content_hash(url)}-process-{jax.process_index()}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, url) if first else contextlib.nullcontext():
+        if first:
+            clean_leftovers(folder)
         download(url, _COPIED if first else _READ, folder)
         yield Workdir(folder, writes=first, url=url)
 

@@ -1,6 +1,7 @@
 """Augmentation: no duplicates, nothing of dev or test, exact counts per class; filters that raise fidelity."""
 
 import collections
+import dataclasses
 import json
 import random
 
@@ -386,12 +387,12 @@ def test_the_experiment_compiles_once_and_goes_on_where_it_stopped(lm, tmp_path)
     small = Recipe(steps=12, batch_size=8, length=48, learning_rate=3e-3)
     protocol = Protocol(per_class=4, count=6, oversample=2, splits=2, generator=small)
 
-    def experiment():
+    def experiment(recipe=small):
         neighbours = {"sun": ["song"], "rain": ["tears"]}
         out = tmp_path / "out"
         quiet = lambda line: None  # noqa: E731
         task = toy_tasks.moods(train=40)
-        return Experiment(task, {"name": "classify"}, small, Models(load(lm)), protocol, neighbours, out, quiet)
+        return Experiment(task, {"name": "classify"}, recipe, Models(load(lm)), protocol, neighbours, out, quiet)
 
     first = experiment()
     arms = ("none", "copy", "eda", "lm+filter")
@@ -401,4 +402,6 @@ def test_the_experiment_compiles_once_and_goes_on_where_it_stopped(lm, tmp_path)
     kept = path.read_text().splitlines(keepends=True)
     path.write_text("".join(kept[:5]) + kept[5][:10])  # as if killed while writing
     assert experiment().run(arms) == rows and read_results(path) == rows
+    with pytest.raises(UserError, match="results of another recipe or protocol"):
+        experiment(dataclasses.replace(small, steps=13)).run(arms)
     assert rows[1]["copied"] == 1.0 and rows[2]["copied"] == 0.0

@@ -10,12 +10,14 @@ from helpers import tiny
 from scipy.special import log_softmax
 from training import train
 
-from gpt_jax.checkpoint import load_params
+from gpt_jax.checkpoint import Checkpointer, load_params
 from gpt_jax.cli import main
+from gpt_jax.config import resolve
 from gpt_jax.errors import UserError
 from gpt_jax.model import Transformer
 from gpt_jax.objectives.distillation import Distillation, divergence
 from gpt_jax.testing import check_objective
+from gpt_jax.train import train as run_training
 
 MODEL = Transformer(tiny(num_layers=1, d_model=16))
 LARGER = {"num_layers": 2, "d_model": 24}
@@ -119,4 +121,30 @@ def test_a_run_takes_its_teacher_from_another_run_and_refuses_to_begin_without(t
     assert main(own) == 0
     assert "valid/kl" in json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     kept, wanted = load_params(student)["teacher"], load_params(teacher)["model"]
+    jax.tree.map(np.testing.assert_array_equal, kept, wanted)
+
+
+def test_what_a_start_killed_before_its_first_checkpoint_froze_is_not_kept(tmp_path):
+    """The teacher is stored at once, the first checkpoint comes later: another start has another teacher."""
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    checkpointer.save_frozen({"teacher": {"w": jnp.zeros(3)}})
+    checkpointer.save_frozen({"teacher": {"w": jnp.ones(3)}})  # within one run it is stored once
+    abstract = {"teacher": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}}
+    assert float(checkpointer.restore_frozen(abstract)["teacher"]["w"].sum()) == 0
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 40)
+    shape = {"num_layers": 1, "d_model": 16, "num_heads": 1}
+    tree = {
+        "steps": 1,
+        "batch_size": 8,
+        "context_length": 16,
+        "model": shape,
+        "data": {"path": str(tmp_path / "text.txt"), "tokenizer": {"kind": "byte"}},
+        "sample": {"prompts": ()},
+    }
+    quiet = lambda line: None  # noqa: E731
+    run_training(resolve(tree), str(tmp_path / "teacher"), log=quiet)
+    init = {"from": str(tmp_path / "teacher"), "rename": (("^model/", "teacher/"),)}
+    checkpointer.close()
+    run_training(resolve(tree | {"objective": {"name": "distillation"}, "init": init}), str(tmp_path), log=quiet)
+    kept, wanted = load_params(tmp_path)["teacher"], load_params(tmp_path / "teacher")["model"]
     jax.tree.map(np.testing.assert_array_equal, kept, wanted)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorstore
 
+from gpt_jax import checkpoint
 from gpt_jax.checkpoint import Checkpointer, find_checkpoint
 from gpt_jax.cli import main
 from gpt_jax.config import resolve
@@ -16,7 +17,7 @@ from gpt_jax.data.readers import expand_paths
 from gpt_jax.data.store import fetch_store, is_store, open_store
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.remote import Remote, download, fetch_file, is_url, run_folder, upload
+from gpt_jax.remote import Remote, download, fetch_file, is_url, reaching, run_folder, upload
 from gpt_jax.train import copier
 from gpt_jax.workdir import Workdir, open_workdir
 
@@ -210,6 +211,19 @@ def test_commands_that_write_a_folder_refuse_a_url(command, capsys):
     assert main(command) == 1
     assert "it needs a folder of a file system" in capsys.readouterr().err
     assert not pathlib.Path("gs:").exists()
+
+
+def test_a_store_that_cannot_be_asked_says_nothing_of_a_checkpoint(monkeypatch):
+    there = run_folder("gs://bucket/run/checkpoints/4", "a checkpoint")
+    with pytest.raises(UserError, match="cannot use 'gs://bucket/run/checkpoints/4': PermissionError: 403") as error:
+        checkpoint._refuse_if_unreachable(there, PermissionError("403"))
+    assert not isinstance(error.value, checkpoint.DamagedCheckpoint)
+    for folder, problem in ((there, FileNotFoundError("gone")), (pathlib.Path("/runs/4"), PermissionError("no"))):
+        checkpoint._refuse_if_unreachable(folder, problem)  # damage, which the caller names
+    for several, kind in ((False, UserError), (True, RuntimeError)):  # the loss of a process is no mistake of a user
+        monkeypatch.setattr("gpt_jax.distributed.several", lambda several=several: several)
+        with pytest.raises(kind, match="Connection refused"), reaching(there):
+            raise RuntimeError("Connection refused")
 
 
 def test_without_gcsfs_the_extra_is_named(monkeypatch):
