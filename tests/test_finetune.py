@@ -62,19 +62,15 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_from_anothers_weights_has_its_shape_tokenizer_and_values(base, tmp_path):
     from gpt_jax.checkpoint import load_params
-    from gpt_jax.train import first_state
-
-    class Empty:
-        def latest(self):
-            return None
+    from gpt_jax.train import initial_state
 
     lines = []
     changes = CLASSIFY | {"init": {"from": str(base)}, "model": {"num_layers": 1, "d_model": 32, "dropout": 0.1}}
     run = build_run(config(**changes), lines.append)
     assert run.config.model == dataclasses.replace(build_run(config(), quiet).config.model, dropout=0.1)
     assert any("num_layers=2, d_model=16" in line for line in lines)
-    state, step = first_state(run, Empty(), (), lines.append)
-    assert step == 0 and any("classifier" in line for line in lines)
+    state = initial_state(run, lines.append)
+    assert int(state.step) == 0 and any("classifier" in line for line in lines)
     jax.tree.map(np.testing.assert_array_equal, state.params["model"], load_params(base / "checkpoints")["model"])
 
 
