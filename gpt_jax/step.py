@@ -8,8 +8,11 @@ batch's gradient, uneven token counts and dropout included.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -267,7 +270,14 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         with self.context():
-            return self.jitted(state, batch)
+            return self.compiled(state, batch)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The update as a program, compiled when first asked for. Other shapes are an error, never a second program."""
+        program = self.lower().compile()
+        return_freed_memory()
+        return program
 
     def put(self, batch: Any) -> Any:
         """Places a host batch on the mesh."""
@@ -366,6 +376,7 @@ def build_train_step(
             skipped=jnp.zeros(2, jnp.int32),
         )
 
+    platform = mesh.devices.flat[0].platform
     abstract = jax.eval_shape(init, jax.random.key(0))
     replicated = NamedSharding(mesh, PartitionSpec())
     placed = TrainState(
@@ -392,16 +403,16 @@ def build_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        average = state.ema
-        if ema:
-            average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params)
+        old = (state.params, state.opt_state, state.ema)
 
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        def advance() -> Any:
+            with jax.named_scope("optimizer"):
+                updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+                params = optax.apply_updates(state.params, updates)
+            average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params) if ema else state.ema
+            return params, opt_state, average
 
+        params, opt_state, average = keep_unless(finite, advance, old, platform)
         skipped = jnp.where(
             finite, state.skipped * jnp.array([0, 1]), state.skipped + 1
         )  # a good update ends the row of bad ones
@@ -413,15 +424,15 @@ def build_train_step(
         }
         new = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
+            params=params,
             frozen=state.frozen,
-            opt_state=keep(opt_state, state.opt_state),
-            ema=keep(average, state.ema),
+            opt_state=opt_state,
+            ema=average,
             skipped=skipped,
         )
         return new, metrics
 
-    placed_batch, platform = batch_shardings(batch_spec, mesh), mesh.devices.flat[0].platform
+    placed_batch = batch_shardings(batch_spec, mesh)
     jitted = jax.jit(
         update,
         in_shardings=(placed, placed_batch),
@@ -441,6 +452,27 @@ def build_train_step(
         jitted=jitted,
         init_jitted=jax.jit(init, out_shardings=placed, compiler_options=_on_cpu(options("init"), platform)),
     )
+
+
+def keep_unless(good: Array, advance: Callable[[], Any], old: Any, platform: str) -> Any:
+    """What `advance` returns, or where not `good` what there was.
+
+    On CPU as a branch: XLA fuses no two results into one loop there, so that with a choice by element the new moments
+    and the new parameters each read the old moments, which were copied. On accelerators a branch waits for the host.
+    """
+    if platform == "cpu":
+        return lax.cond(good, advance, lambda: old)
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), advance(), old)
+
+
+def return_freed_memory() -> None:
+    """Gives memory that is free in this process back to the system, with glibc: some 300 MB after a compilation.
+
+    glibc keeps it in pieces, and the arrays of a step find no room there.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has none
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _on_cpu(options: dict[str, Any], platform: str) -> dict[str, Any] | None:

@@ -494,7 +494,9 @@ def _coefficients(objective: Any, params: Any, batch: Any, seed: int) -> list[st
 
 
 def _one_compilation(step: TrainStep, params: Any, batch: Any) -> list[str]:
-    for turn in range(3):
-        _evaluate(step, params, jax.tree.map(lambda x, turn=turn: np.roll(x, turn, axis=0), batch), at=turn)
-    compiled = step.jitted._cache_size()
-    return [] if compiled == 1 else [f"one compilation: three batches of one shape needed {compiled}."]
+    try:
+        for turn in range(3):
+            _evaluate(step, params, jax.tree.map(lambda x, turn=turn: np.roll(x, turn, axis=0), batch), at=turn)
+    except (TypeError, ValueError) as error:
+        return [f"one compilation: the program of one batch does not take another of its shape: {error}"]
+    return []

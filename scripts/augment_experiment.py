@@ -72,8 +72,7 @@ def main(argv: list[str]) -> int:
     summary = compare(experiment.run(arms))
     (out / "table.md").write_text(table(summary))
     print(table(summary))
-    compiled = experiment.tuner.step.jitted._cache_size()
-    print(json.dumps({"out": str(out), "task": task.name, "compiled": compiled, "arms": summary}))
+    print(json.dumps({"out": str(out), "task": task.name, "arms": summary}))
     return 0
 
 

@@ -78,7 +78,7 @@ def rows() -> tuple[Row, ...]:
         Row("babi", "tasks/babi", "accuracy"),
         Row("four", four, "sst2/accuracy"),
         *(Row(f"four: {part} alone", four, metric, alone(four, part)) for part, metric in of_four),
-        *(Row(f"four: {part} alone (a quarter)", four, metric, alone(four, part) + quarter) for part, metric in of_four),
+        *(Row(f"four: {p} alone (a quarter)", four, metric, alone(four, p) + quarter) for p, metric in of_four),
         Row("joint", joint, "span/f1"),
         *(Row(f"joint: {part} alone", joint, metric, alone(joint, part)) for part, metric in of_joint),
     )

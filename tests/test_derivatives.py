@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.model.derivatives import add_bias, gelu_tanh, multiply, normalize, score, softmax, sum_leading
+from gpt_jax.model.derivatives import (
+    add_bias,
+    gelu_tanh,
+    multiply,
+    multiply_gelu,
+    normalize,
+    once,
+    score,
+    softmax,
+    softmax_product,
+    sum_leading,
+)
 
 RNG = np.random.default_rng(0)
 X, SCALE, BIAS = RNG.normal(1, 2, (5, 3, 8)), RNG.normal(1, 0.3, 8), RNG.normal(0, 0.3, 8)
@@ -52,6 +63,16 @@ FUNCTIONS = {
     "add_bias": (add_bias, np.add, (X, RNG.normal(size=(3, 8)))),
     "softmax": (softmax, plain_softmax, (X,)),
     "gelu_tanh": (gelu_tanh, plain_gelu, (X,)),
+    "multiply_gelu": (
+        multiply_gelu,
+        lambda x, w: np.einsum("btd,dhk->bthk", plain_gelu(x), w),
+        (X, RNG.normal(size=(8, 2, 4))),
+    ),
+    "softmax_product": (
+        softmax_product,
+        lambda x, v: np.einsum("bgrts,bgsk->bgrtk", plain_softmax(x), v),
+        (3 * RNG.normal(size=(2, 2, 3, 2, 5)), RNG.normal(size=(2, 2, 5, 4))),
+    ),
 }
 
 
@@ -70,11 +91,16 @@ def test_values_and_derivatives_equal_numpys(name):
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-4), i
 
 
-@pytest.mark.parametrize(("name", "arrays"), [("layernorm", 1), ("rmsnorm", 1), ("softmax", 1), ("gelu_tanh", 1)])
-def test_one_array_of_the_inputs_size_is_kept_for_the_backward_pass(name, arrays):
+@pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "softmax", "gelu_tanh", "multiply_gelu", "softmax_product"])
+def test_one_array_of_the_inputs_size_is_kept_for_the_backward_pass(name):
     ours, _, args = FUNCTIONS[name]
     _, pullback = jax.vjp(ours, *(jnp.asarray(a, jnp.float32) for a in args))
-    assert sum(leaf.size == X.size for leaf in jax.tree.leaves(pullback)) == arrays
+    assert sum(leaf.size == args[0].size for leaf in jax.tree.leaves(pullback)) == 1
+
+
+def test_what_waits_for_a_slope_is_itself():
+    x, ready = jnp.asarray(X, jnp.float32), jnp.full(X.shape, jnp.inf)
+    np.testing.assert_array_equal(once(x, ready), x)
 
 
 @pytest.mark.parametrize("ndim", [0, 1, 2])

@@ -189,14 +189,22 @@ def test_execution_choices_change_neither_tree_nor_numbers(name, plain_execution
     assert relative(got, grads) < 1e-5
 
 
+def lowered_gradient(**kw):
+    config = tiny(num_layers=4, **kw)
+    params, model = params_of(config), Transformer(config)
+    return jax.jit(jax.grad(lambda p: model.apply({"params": p}, tokens()).logits.sum())).lower(params).as_text()
+
+
 def test_remat_recomputes_what_it_promises():
     def products(**kw):
-        config = tiny(num_layers=4, **kw)
-        params, model = params_of(config), Transformer(config)
-        text = jax.jit(jax.grad(lambda p: model.apply({"params": p}, tokens()).logits.sum())).lower(params).as_text()
-        return text.count("stablehlo.dot_general")
+        return lowered_gradient(**kw).count("stablehlo.dot_general")
 
     assert products(remat="full") > products(remat="dots") == products()
+
+
+def test_the_compiler_may_not_merge_what_remat_computes_twice_where_layers_are_written_out():
+    assert "optimization_barrier" in lowered_gradient(remat="full", unroll=0)
+    assert "optimization_barrier" not in lowered_gradient(unroll=0, ffn="relu2")  # gelu has one of its own
 
 
 def test_equal_head_dims_are_the_standard_heads():

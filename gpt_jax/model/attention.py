@@ -15,7 +15,7 @@ from flax import struct
 from jax import Array, lax
 
 from gpt_jax.errors import UserError, choose
-from gpt_jax.model.derivatives import score, softmax
+from gpt_jax.model.derivatives import score, softmax, softmax_product
 from gpt_jax.model.positions import alibi_slopes
 from gpt_jax.model.random import dropout
 
@@ -211,23 +211,36 @@ def _softmax_attend(q, k, v, allowed, distance, variant: Variant, block_id: int)
     # Heads first, and products in this order: what is transposed then is queries, keys and values, never [T, S].
     q = (q * jnp.asarray(1.0 / math.sqrt(K), q.dtype)).reshape(B, T, G, H // G, K)
     q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK = jnp.transpose(q, (0, 2, 3, 1, 4)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    weights = _weigh(score(q_BxGxRxTxK, k_BxGxSxK), allowed, distance, variant, block_id)
-    out_BxGxRxTxK = lax.dot_general(weights.astype(v.dtype), v_BxGxSxK, (((4,), (2,)), ((0, 1), (0, 1))))
+    scores = _mask(score(q_BxGxRxTxK, k_BxGxSxK), allowed, distance, variant)
+    if variant.mix_weights_HxH is None and variant.keys_B is None:
+        out_BxGxRxTxK = softmax_product(scores, v_BxGxSxK)
+    else:
+        weights = _normalize(scores, variant, block_id)
+        out_BxGxRxTxK = lax.dot_general(weights.astype(v.dtype), v_BxGxSxK, (((4,), (2,)), ((0, 1), (0, 1))))
     return jnp.transpose(out_BxGxRxTxK, (0, 3, 1, 2, 4)).reshape(B, T, H, K)
 
 
 def _weigh(scores: Array, allowed, distance, variant: Variant, block_id: int) -> Array:
     """Scores [B,G,R,T,S] -> attention weights of the same shape."""
-    G, R = scores.shape[1:3]
+    return _normalize(_mask(scores, allowed, distance, variant), variant, block_id)
+
+
+def _mask(scores: Array, allowed, distance, variant: Variant) -> Array:
+    """Scores [B,G,R,T,S] as the softmax sees them: capped, with ALiBi's slopes, mixed, hidden keys out."""
     if variant.softcap:
         scores = variant.softcap * jnp.tanh(scores / variant.softcap)
     if distance is not None:
-        slopes = jnp.asarray(alibi_slopes(G * R)).reshape(G, R, 1, 1)
+        slopes = jnp.asarray(alibi_slopes(scores.shape[1] * scores.shape[2])).reshape(*scores.shape[1:3], 1, 1)
         scores = scores - slopes * distance[:, None, None].astype(jnp.float32)
     if variant.mix_scores_HxH is not None:
         scores = _mix(scores, variant.mix_scores_HxH)
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, HIDDEN)
+    return scores
+
+
+def _normalize(scores: Array, variant: Variant, block_id: int) -> Array:
+    """Softmax of masked scores, mixed between heads and dropped."""
     weights = softmax(scores)
     if variant.mix_weights_HxH is not None:
         weights = _mix(weights, variant.mix_weights_HxH)

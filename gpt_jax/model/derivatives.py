@@ -26,6 +26,15 @@ def sum_leading(x: Array, ndim: int) -> Array:
     return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axes, dtype=jnp.float32))
 
 
+def once(x: Array, ready: Array) -> Array:
+    """x, read only once `ready`, of its shape, is there: for what a backward pass computes again, or copies.
+
+    On CPU XLA starts whatever it can as soon as it can, and such arrays would wait from the forward pass on, beside
+    those that they stand for. The comparison is true but for a slope that is no number.
+    """
+    return lax.platform_dependent(x, ready, cpu=lambda x, r: jnp.where(r == r, x, 0), default=lambda x, r: x)
+
+
 @jax.custom_vjp
 def multiply(x: Array, kernel: Array) -> Array:
     """x [..., in] @ kernel [in, *out].
@@ -42,9 +51,17 @@ def _multiply(x, kernel):
 
 def _multiply_backward(residuals, g):
     x, kernel = residuals
-    lead, out = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, g.ndim))
-    d_x = lax.dot_general(g, kernel, ((out, tuple(range(1, kernel.ndim))), ((), ())))
-    return d_x, lax.dot_general(x, g, ((lead, lead), ((), ())))
+    return _input_slope(kernel, g), _kernel_slope(x, g)
+
+
+def _input_slope(kernel, g):
+    out = tuple(range(g.ndim - kernel.ndim + 1, g.ndim))
+    return lax.dot_general(g, kernel, ((out, tuple(range(1, kernel.ndim))), ((), ())))
+
+
+def _kernel_slope(x, g):
+    lead = tuple(range(x.ndim - 1))
+    return lax.dot_general(x, g, ((lead, lead), ((), ())))
 
 
 multiply.defvjp(_multiply, _multiply_backward)
@@ -68,7 +85,7 @@ def _score_backward(residuals, g):
     q, k = residuals
     g = g.astype(q.dtype)
     d_q = lax.dot_general(g, k, (((4,), (2,)), ((0, 1), (0, 1))))
-    d_k_BxGxKxS = lax.dot_general(q, g, (((2, 3), (2, 3)), ((0, 1), (0, 1))))
+    d_k_BxGxKxS = lax.dot_general(once(q, d_q), g, (((2, 3), (2, 3)), ((0, 1), (0, 1))))
     return d_q, jnp.swapaxes(d_k_BxGxKxS, 2, 3)
 
 
@@ -138,6 +155,65 @@ def _softmax_jvp(primals, tangents):
     return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
 
 
+@jax.custom_vjp
+def softmax_product(scores_BxGxRxTxS: Array, v_BxGxSxK: Array) -> Array:
+    """softmax(scores) @ values, [B, G, R, T, K] in the values' dtype.
+
+    Kept for the backward pass: one array of the scores' size, the exponentials, where the automatic one keeps these and
+    the weights too. The sum of weight times slope over the keys is that of output times slope over a head's size
+    (FlashAttention, Dao et al. 2022, appendix B.2).
+    """
+    return _softmax_product(scores_BxGxRxTxS, v_BxGxSxK)[0]
+
+
+def _softmax_product(scores, v):
+    power = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    inverse = 1.0 / jnp.sum(power, axis=-1, keepdims=True)
+    power = power.astype(v.dtype)
+    dims = (((4,), (2,)), ((0, 1), (0, 1)))
+    out = (lax.dot_general(power, v, dims, preferred_element_type=jnp.float32) * inverse).astype(v.dtype)
+    return out, (power, inverse, v, out)
+
+
+def _softmax_product_backward(residuals, g):
+    power, inverse, v, out = residuals
+    g = g.astype(jnp.float32) * inverse
+    along = jnp.sum(g * out, axis=-1, keepdims=True)
+    g = g.astype(v.dtype)
+    d_v_BxGxKxS = lax.dot_general(g, power, (((2, 3), (2, 3)), ((0, 1), (0, 1))))  # transposed, as in `score`
+    v_BxGxKxS = once(jnp.swapaxes(v, 2, 3), d_v_BxGxKxS)
+    d_power = lax.dot_general(g, v_BxGxKxS, (((4,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    return power * (d_power - along), jnp.swapaxes(d_v_BxGxKxS, 2, 3)
+
+
+softmax_product.defvjp(_softmax_product, _softmax_product_backward)
+
+
 def gelu_tanh(x: Array) -> Array:
     """GELU's tanh approximation (Hendrycks & Gimpel 2016); the backward pass computes it again from x."""
     return jax.checkpoint(partial(jax.nn.gelu, approximate=True))(x)
+
+
+@jax.custom_vjp
+def multiply_gelu(x: Array, kernel: Array) -> Array:
+    """gelu_tanh(x) @ kernel, x [..., in] and kernel [in, *out].
+
+    Kept for the backward pass: x alone. It computes GELU again, as x sigmoid(2 z), which is 0.5 x (1 + tanh(z)).
+    """
+    return _multiply_gelu(x, kernel)[0]
+
+
+def _multiply_gelu(x, kernel):
+    return _multiply(jax.nn.gelu(x, approximate=True), kernel)[0], (x, kernel)
+
+
+def _multiply_gelu_backward(residuals, g):
+    x, kernel = residuals
+    d_h, c = _input_slope(kernel, g), 2.0 * (2.0 / jnp.pi) ** 0.5
+    wide, square = x.astype(jnp.float32), jnp.square(once(x, d_h).astype(jnp.float32))
+    gate = jax.nn.sigmoid(c * wide * (1.0 + 0.044715 * square))
+    slope = gate + wide * gate * (1.0 - gate) * (c * (1.0 + 3.0 * 0.044715 * square))
+    return (d_h * slope).astype(d_h.dtype), _kernel_slope((wide * gate).astype(g.dtype), g)
+
+
+multiply_gelu.defvjp(_multiply_gelu, _multiply_gelu_backward)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from gpt_jax.model.attention import Mask, Variant, attend_cache, attention_weights
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
-from gpt_jax.model.derivatives import add_bias, gelu_tanh, multiply, normalize
+from gpt_jax.model.derivatives import add_bias, gelu_tanh, multiply, multiply_gelu, normalize
 from gpt_jax.model.implementations import run_attention
 from gpt_jax.model.positions import rotate
 from gpt_jax.model.random import dropout, fold_name
@@ -34,6 +34,7 @@ class Product(nn.Module):
 
     Attributes:
       shape: shape of the kernel, input axes first. `axes`: its logical axes. `in_dims`: number of input axes.
+      product: of x and the kernel.
     """
 
     config: ModelConfig
@@ -42,6 +43,7 @@ class Product(nn.Module):
     in_dims: int = 1
     std: float = 0.02
     bias: bool = True
+    product: Callable[[Array, Array], Array] = multiply
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -57,7 +59,7 @@ class Product(nn.Module):
         if n > 1:  # merge the input axes, e.g. heads x head_dim
             x = x.reshape((*x.shape[: x.ndim - n], -1))
             kernel = kernel.reshape((-1, *out_shape))
-        y = multiply(x.astype(dtype), kernel)
+        y = self.product(x.astype(dtype), kernel)
         if config.is_low_rank(self.name):
             y = y + self._low_rank(x.astype(dtype)).reshape(y.shape)
         if self.bias and config.has_bias(self.name):
@@ -118,13 +120,17 @@ class MLP(nn.Module):
     def __call__(self, x_BxTxD: Array) -> Array:
         config = self.config
         D, F = config.d_model, config.ff_size
-        act = _ACTIVATIONS[config.ffn]
+        act, product = _ACTIVATIONS[config.ffn], multiply
         if config.ffn == "swiglu":
             both = Product(config, (D, 2, F), ("embed", None, "mlp"), std=config.init_std, name="up")(x_BxTxD)
             h = act(both[..., 0, :]) * both[..., 1, :]
         else:
-            h = act(Product(config, (D, F), ("embed", "mlp"), std=config.init_std, name="up")(x_BxTxD))
-        y = Product(config, (F, D), ("mlp", "embed"), std=residual_std(config), name="down")(h)
+            h = Product(config, (D, F), ("embed", "mlp"), std=config.init_std, name="up")(x_BxTxD)
+            if config.ffn == "gelu_tanh" and not config.is_low_rank("down"):
+                product = multiply_gelu
+            else:
+                h = act(h)
+        y = Product(config, (F, D), ("mlp", "embed"), std=residual_std(config), product=product, name="down")(h)
         return jnp.tanh(y) if config.ffn == "relu_tanh" else y
 
 

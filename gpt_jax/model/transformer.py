@@ -109,7 +109,8 @@ class Transformer(nn.Module):
             self.embedding_out = Product(config, (D, E), ("embed", None), std=D**-0.5)
         repetition = _Repetition
         if config.remat != "none":
-            repetition = nn.remat(repetition, policy=_REMAT_POLICIES[config.remat](), prevent_cse=False)
+            # Of layers written out the compiler would merge both passes again; in a loop it cannot.
+            repetition = nn.remat(repetition, policy=_REMAT_POLICIES[config.remat](), prevent_cse=config.unroll != 1)
         repetitions = config.num_layers // len(config.pattern)
         self.layers = nn.scan(
             repetition,
