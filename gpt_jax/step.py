@@ -402,12 +402,12 @@ def build_train_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
-        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
         old = (state.params, state.opt_state, state.ema)
 
         def advance() -> Any:
             with jax.named_scope("optimizer"):
-                updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+                clipped = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
+                updates, opt_state = optimizer.tx.update(clipped, state.opt_state, state.params)
                 params = optax.apply_updates(state.params, updates)
             average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params) if ema else state.ema
             return params, opt_state, average
