@@ -1,4 +1,4 @@
-"""Checkpoints: any tree of arrays, saved while training goes on, restored onto any mesh. The only user of Orbax.
+"""Checkpoints: any tree of arrays, saved while training goes on, restored onto any mesh.
 
     directory/400/                    a whole checkpoint: it gets this name only when complete
     directory/400.orbax-checkpoint-tmp   one being saved, or left by a killed process (removed at the next start)
@@ -7,9 +7,7 @@
 At gs:// nothing can be renamed: a checkpoint is complete when it holds commit_success.txt, which is written last and
 deleted first.
 
-A leaf is stored under its name, its path in the tree joined by '/', e.g. 'params/model/blocks/mlp/up/kernel'.
-Beside the arrays lie their shapes, dtypes and check sums, and the caller's metadata, as JSON; nothing is pickled.
-A check sum is an exact integer computed on the devices, the same for every mesh: no damaged file goes unnoticed.
+What is in one of these folders is in `checkpoint_folder`.
 """
 
 from __future__ import annotations
@@ -18,8 +16,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 import pathlib
@@ -29,24 +25,32 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 
-from gpt_jax.errors import UserError, nearest
-from gpt_jax.files import clean_leftovers, fsync_folder, is_no_space, no_space_message, remove_folder
+from gpt_jax.checkpoint_folder import (
+    TEMPORARY,
+    DamagedCheckpoint,
+    Response,
+    abstract_of,
+    check_fit,
+    clean,
+    flush,
+    is_complete,
+    is_key,
+    named_leaves,
+    nest,
+    read_leaves,
+    read_manifest,
+    remove,
+    restore_exactly,
+    show,
+    some,
+    start_save,
+    unflatten,
+    verify_folder,
+)
+from gpt_jax.errors import UserError
+from gpt_jax.files import is_no_space, no_space_message
 from gpt_jax.remote import at_store, reaching, run_folder
-
-_STATE = "state"
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_COMMITTED = "commit_success.txt"
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be read back as it was written."""
-
-
-class DoesNotFit(UserError):
-    """A checkpoint whose names, shapes or dtypes are not those of the state to restore."""
 
 
 def steps_to_keep(
@@ -91,7 +95,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             with reaching(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                _clean(self.directory)
+                clean(self.directory)
         _wait_for_all_processes("checkpointer")
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -120,19 +124,19 @@ class Checkpointer:
             return
         folder = self.directory / str(step)
         with self._explain(folder, f"checkpoint {step}"):
-            response = _start_save(folder, state, metadata or {})
+            response = start_save(folder, state, metadata or {})
         self._pending = self._executor.submit(self._finish, step, response, dict(valid_losses or {}))
 
-    def _finish(self, step: int, response: ocp.AsyncResponse, valid_losses: Mapping[int, float]) -> None:
+    def _finish(self, step: int, response: Response, valid_losses: Mapping[int, float]) -> None:
         folder = self.directory / str(step)
         with self._explain(folder, f"checkpoint {step}"):
             response.result()
         if jax.process_index() == 0:
-            _flush(folder)
+            flush(folder)
             keep = self._keep(self.all_steps(), valid_losses)
             for old in self.all_steps():
                 if old not in keep:
-                    _remove(self.directory / str(old))
+                    remove(self.directory / str(old))
 
     @contextlib.contextmanager
     def _explain(self, folder: pathlib.Path, what: str) -> Iterator[None]:
@@ -145,7 +149,7 @@ class Checkpointer:
             if not is_no_space(error):
                 raise
             if jax.process_index() == 0:
-                for leftover in self.directory.glob(f"{folder.name}{_TEMPORARY}*"):
+                for leftover in self.directory.glob(f"{folder.name}{TEMPORARY}*"):
                     shutil.rmtree(leftover, ignore_errors=True)
             raise UserError(no_space_message(folder, what)) from error
 
@@ -187,7 +191,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             for later in self.all_steps():
                 if later > step:
-                    _remove(self.directory / str(later))
+                    remove(self.directory / str(later))
         _wait_for_all_processes("discarded")
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
@@ -205,15 +209,15 @@ class Checkpointer:
     def save_frozen(self, tree: Any) -> None:
         """Stores parameters that never change, unless they are stored already. Waits until they are."""
         folder = self.directory / "frozen"
-        if not jax.tree.leaves(tree) or _is_complete(folder):
+        if not jax.tree.leaves(tree) or is_complete(folder):
             return
         with self._explain(folder, "the frozen parameters"):
-            _start_save(folder, tree, {}).result()
+            start_save(folder, tree, {}).result()
 
     def discard_frozen(self) -> None:
         """Deletes what `save_frozen` stored: of a start that was killed before its first checkpoint."""
-        if jax.process_index() == 0 and _is_complete(self.directory / "frozen"):
-            _remove(self.directory / "frozen")
+        if jax.process_index() == 0 and is_complete(self.directory / "frozen"):
+            remove(self.directory / "frozen")
         _wait_for_all_processes("frozen discarded")
 
     def restore_frozen(self, abstract: Any) -> Any:
@@ -227,7 +231,7 @@ def list_steps(directory: str | os.PathLike) -> list[int]:
     with reaching(directory):
         if not directory.is_dir():
             return []
-        return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and _is_complete(p))
+        return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and is_complete(p))
 
 
 def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> tuple[pathlib.Path, int]:
@@ -241,7 +245,7 @@ def find_checkpoint(path: str | os.PathLike, step: int | None = None) -> tuple[p
     """
     given = run_folder(path, "the checkpoint's path")
     with reaching(given):
-        whole = given.name.isdigit() and _is_complete(given) and not list_steps(given)
+        whole = given.name.isdigit() and is_complete(given) and not list_steps(given)
         if whole and not (given / "checkpoints").is_dir():
             if step is not None and step != int(given.name):
                 raise UserError(f"{str(path)!r} is the checkpoint of step {int(given.name)}, not of step {step}.")
@@ -261,14 +265,14 @@ def read_metadata(path: str | os.PathLike, step: int | None = None) -> dict[str,
     """Returns the metadata that was saved with a checkpoint (config, code version, tokenizer)."""
     folder, step = find_checkpoint(path, step)
     with _naming_the_good_one(folder, step):
-        return _read_manifest(folder / str(step))["metadata"]
+        return read_manifest(folder / str(step))["metadata"]
 
 
 def list_arrays(path: str | os.PathLike, step: int | None = None) -> list[str]:
     """Returns the names of the arrays in a checkpoint, frozen parameters left out."""
     folder, step = find_checkpoint(path, step)
     with _naming_the_good_one(folder, step):
-        return list(_read_manifest(folder / str(step))["arrays"])
+        return list(read_manifest(folder / str(step))["arrays"])
 
 
 def restore(path: str | os.PathLike, step: int | None, abstract_state: Any) -> Any:
@@ -287,7 +291,7 @@ def restore(path: str | os.PathLike, step: int | None, abstract_state: Any) -> A
     """
     folder, step = find_checkpoint(path, step)
     with _naming_the_good_one(folder, step):
-        return _restore_exactly(folder / str(step), abstract_state, f"checkpoint {step} in {folder}")
+        return restore_exactly(folder / str(step), abstract_state, f"checkpoint {step} in {folder}")
 
 
 def restore_frozen(directory: str | os.PathLike, abstract: Any) -> Any:
@@ -295,7 +299,7 @@ def restore_frozen(directory: str | os.PathLike, abstract: Any) -> Any:
     if not jax.tree.leaves(abstract):
         return abstract
     folder = run_folder(directory, "the folder of checkpoints") / "frozen"
-    return _restore_exactly(folder, abstract, "the frozen parameters")
+    return restore_exactly(folder, abstract, "the frozen parameters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +340,7 @@ def restore_some(path: str | os.PathLike, step: int | None, tree: Any, only: str
     """
     folder, step = find_checkpoint(path, step)
     with _naming_the_good_one(folder, step):
-        stored = _read_manifest(folder / str(step))["arrays"]
+        stored = read_manifest(folder / str(step))["arrays"]
         source = {n: n for n in stored if only is None or re.search(only, n)}
         return _merge([folder / str(step)], [source], tree)
 
@@ -378,8 +382,8 @@ def restore_subset(
         params, done = _merge(folders, sources, params)
     if not done.restored:
         raise UserError(
-            f"no parameter of {path} has a name and shape of this model's: it has {_some(done.ignored)}, "
-            f"this model {_some(done.initialised)}."
+            f"no parameter of {path} has a name and shape of this model's: it has {some(done.ignored)}, "
+            f"this model {some(done.initialised)}."
         )
     return params, done
 
@@ -403,238 +407,50 @@ def load_params(
         if abstract is None:
             tree: dict[str, Any] = {}
             for place, source in zip(folders, sources, strict=True):
-                arrays = _read_manifest(place)["arrays"]
-                wanted = {stored: _abstract_of(arrays[stored]) for stored in source.values()}
-                values = _read(place, wanted)
-                _nest({name: values[stored] for name, stored in source.items()}, tree)
+                arrays = read_manifest(place)["arrays"]
+                wanted = {stored: abstract_of(arrays[stored]) for stored in source.values()}
+                values = read_leaves(place, wanted)
+                nest({name: values[stored] for name, stored in source.items()}, tree)
             return tree
-        leaves = _named_leaves(abstract)
+        leaves = named_leaves(abstract)
         found: dict[str, Any] = {}
         for place, source in zip(folders, sources, strict=True):
-            arrays = _read_manifest(place)["arrays"]
+            arrays = read_manifest(place)["arrays"]
             wanted = {source[n]: leaf for n, leaf in leaves.items() if n in source}
-            _check_fit({n: arrays[n] for n in wanted}, wanted, f"checkpoint {step} in {folder}")
-            values = _read(place, wanted)
+            check_fit({n: arrays[n] for n in wanted}, wanted, f"checkpoint {step} in {folder}")
+            values = read_leaves(place, wanted)
             found |= {n: values[source[n]] for n in leaves if n in source}
         missing = [n for n in leaves if n not in found]
         if missing:
-            raise UserError(f"checkpoint {step} in {folder} has no parameter {_some(missing)}.")
-        return _unflatten(abstract, found)
-
-
-# ---- names and leaves
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns {name: leaf} in the tree's order; a name is the path joined by '/'."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    if len(set(names)) < len(names):
-        double = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"two leaves have the name {double!r}")
-    return {name or "value": leaf for name, (_, leaf) in zip(names, paths, strict=True)}
-
-
-def _unflatten(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in _named_leaves(tree)])
-
-
-def _nest(leaves: Mapping[str, Any], into: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Turns {'a/b': x} into {'a': {'b': x}}: the form on disk, readable without this code."""
-    tree: dict[str, Any] = {} if into is None else into
-    for name, leaf in leaves.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
-    return tree
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _plain(leaf: Any) -> jax.Array:
-    """A leaf as an array that can be stored: the data of a PRNG key, else itself."""
-    if hasattr(leaf, "dtype") and _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-
-def _plain_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if _is_key(leaf):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        if isinstance(sharding, jax.sharding.NamedSharding):  # the key's data has one axis more, which is not split
-            rank = len(leaf.shape)
-            spec = (*sharding.spec, *[None] * (rank - len(sharding.spec)), None)
-            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.P(*spec))
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-@jax.jit
-def _check_sum(x: jax.Array) -> jax.Array:
-    """sum_i (2 i + 1) bits_i mod 2^32 over the elements: exact in any order, changed by any single flipped bit."""
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    size = jnp.dtype(x.dtype).itemsize
-    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)).astype(jnp.uint32)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(bits.ndim)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-
-
-def _check_sums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
-    # One after the other: programs that sum over many simulated devices may wait for each other's threads forever.
-    jax.block_until_ready(list(leaves.values()))
-    return {name: f"{int(_check_sum(x)):08x}" for name, x in leaves.items()}
-
-
-# ---- reading and writing one folder
-
-
-def _context(remote: bool = False) -> ocp.Context:
-    context = ocp.Context()
-    context.array.saving.use_ocdbt = True
-    context.array.saving.use_zarr3 = True
-    context.array.saving.use_compression = False
-    context.array.loading.enable_padding_and_truncation = False
-    context.array.loading.raise_array_data_missing_error = True
-    context.asynchronous.timeout_secs = 4 * 3600
-    if not remote:
-        context.atomicity.mode = ocp.options.AtomicityMode.ATOMIC_RENAME
-    context.pytree.loading.partial_load = True
-    return context
-
-
-def _start_save(folder: pathlib.Path, tree: Any, metadata: Mapping[str, Any]) -> ocp.AsyncResponse:
-    named = _named_leaves(tree)
-    keys = {n: str(jax.random.key_impl(x)) for n, x in named.items() if hasattr(x, "dtype") and _is_key(x)}
-    leaves = {name: _plain(leaf) for name, leaf in named.items()}
-    sums = _check_sums(leaves)
-    arrays = {
-        n: {"shape": list(x.shape), "dtype": str(x.dtype), "sum": sums[n]} | ({"key": keys[n]} if n in keys else {})
-        for n, x in leaves.items()
-    }
-    manifest = {"format": 1, "arrays": arrays, "metadata": dict(metadata)}
-    manifest["sum"] = _digest(manifest)
-    with _context(at_store(folder)):
-        return ocp.save_checkpointables_async(folder, {_STATE: _nest(leaves)}, custom_metadata=manifest)
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    content = {name: value for name, value in manifest.items() if name != "sum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns {'arrays': {name: {shape, dtype, sum}}, 'metadata': ...} of a checkpoint."""
-    try:
-        with _context():
-            manifest = ocp.checkpointables_metadata(folder).custom_metadata
-        whole = manifest["sum"] == _digest(manifest)
-    except Exception as error:
-        _refuse_if_unreachable(folder, error)
-        raise DamagedCheckpoint(f"its metadata cannot be read ({_reason(error)})") from error
-    if not whole:
-        raise DamagedCheckpoint("the check sum of its metadata is wrong")
-    return manifest
-
-
-def _abstract_of(entry: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-    if "key" in entry:
-        key = jax.eval_shape(functools.partial(jax.random.key, impl=entry["key"]), 0)
-        return jax.ShapeDtypeStruct(tuple(entry["shape"][:-1]), key.dtype)
-    return jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
-
-
-def _read(folder: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the named leaves, checks their sums and returns them by name, placed by the shardings of `wanted`."""
-    if not wanted:
-        return {}
-    arrays = _read_manifest(folder)["arrays"]
-    plain = {name: _plain_abstract(leaf) for name, leaf in wanted.items()}
-    try:
-        with _context():
-            tree = ocp.load_checkpointables(folder, {_STATE: _nest(plain)})[_STATE]
-        leaves = _named_leaves(tree)
-        sums = _check_sums(leaves)
-    except Exception as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        _refuse_if_unreachable(folder, error)
-        raise DamagedCheckpoint(_reason(error)) from error
-    wrong = [name for name in plain if sums[name] != arrays[name]["sum"]]
-    if wrong:
-        raise DamagedCheckpoint(f"the check sum of {_some(wrong)} is wrong")
-    return {
-        name: jax.random.wrap_key_data(leaves[name], impl=arrays[name]["key"]) if _is_key(leaf) else leaves[name]
-        for name, leaf in wanted.items()
-    }
-
-
-def _refuse_if_unreachable(folder: pathlib.Path, error: Exception) -> None:
-    """Raises UserError where a store could not be asked: that says nothing of the checkpoint. Objects that are absent,
-    or are not what they should be, are damage."""
-    damaged = isinstance(error, (FileNotFoundError, ValueError, KeyError)) or "NOT_FOUND" in str(error)
-    if at_store(folder) and not damaged:
-        with reaching(folder):
-            raise error
-
-
-def _restore_exactly(folder: pathlib.Path, abstract: Any, what: str) -> Any:
-    if not folder.is_dir():
-        raise UserError(f"{what} should lie at {folder}, where there is nothing.")
-    leaves = _named_leaves(abstract)
-    arrays = _read_manifest(folder)["arrays"]
-    _check_fit(arrays, leaves, what)
-    return _unflatten(abstract, _read(folder, leaves))
-
-
-def _check_fit(arrays: Mapping[str, Any], leaves: Mapping[str, Any], what: str) -> None:
-    """Raises a UserError listing where stored arrays and wanted leaves differ in name, shape or dtype."""
-    differences = []
-    for name in leaves:
-        if name in arrays:
-            there, here = _abstract_of(arrays[name]), leaves[name]
-            if (there.shape, there.dtype) != (tuple(here.shape), here.dtype):
-                differences.append(f"{name} is {_show(there)} there and {_show(here)} here")
-    differences += [f"{n} is only in the checkpoint" for n in arrays if n not in leaves]
-    differences += [f"{n} is only in this run{nearest(n, arrays)}" for n in leaves if n not in arrays]
-    if differences:
-        raise DoesNotFit(f"{what} does not fit this run: {_some(differences, '; ', 4)}.")
+            raise UserError(f"checkpoint {step} in {folder} has no parameter {some(missing)}.")
+        return unflatten(abstract, found)
 
 
 def _merge(folders: Sequence[pathlib.Path], sources: Sequence[Mapping[str, str]], tree: Any) -> tuple[Any, Restored]:
     """Puts stored leaves into `tree`; `sources` says for each folder {name: name there}."""
-    leaves = _named_leaves(tree)
+    leaves = named_leaves(tree)
     restored: dict[str, Any] = {}
     other_shape: dict[str, str] = {}
     ignored: list[str] = []
     for folder, source in zip(folders, sources, strict=True):
-        arrays = _read_manifest(folder)["arrays"]
+        arrays = read_manifest(folder)["arrays"]
         wanted = {}
         for name, stored in source.items():
-            there = _abstract_of(arrays[stored])
+            there = abstract_of(arrays[stored])
             if name not in leaves:
                 ignored.append(name)
                 continue
             here = leaves[name]
-            if there.shape != tuple(here.shape) or _is_key(there) != _is_key(here):
-                other_shape[name] = f"{name} ({_show(there)} there, {_show(here)} here)"
+            if there.shape != tuple(here.shape) or is_key(there) != is_key(here):
+                other_shape[name] = f"{name} ({show(there)} there, {show(here)} here)"
                 continue
             wanted[name] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=here.sharding)
-        values = _read(folder, {source[name]: leaf for name, leaf in wanted.items()})
+        values = read_leaves(folder, {source[name]: leaf for name, leaf in wanted.items()})
         for name in wanted:
             value = values[source[name]]
             restored[name] = value if value.dtype == leaves[name].dtype else value.astype(leaves[name].dtype)
     initialised = [other_shape.get(n, n) for n in leaves if n not in restored]
-    return _unflatten(tree, leaves | restored), Restored(
+    return unflatten(tree, leaves | restored), Restored(
         tuple(sorted(restored)), tuple(sorted(initialised)), tuple(sorted(ignored))
     )
 
@@ -642,13 +458,13 @@ def _merge(folders: Sequence[pathlib.Path], sources: Sequence[Mapping[str, str]]
 def _parameters(folder: pathlib.Path, step: int, root: str) -> tuple[list[pathlib.Path], list[dict[str, str]]]:
     """Returns where a run's parameters lie: folders, and for each {name without root: name there}."""
     checkpoint = folder / str(step)
-    names = [n for n in _read_manifest(checkpoint)["arrays"] if n.startswith(f"{root}/")]
+    names = [n for n in read_manifest(checkpoint)["arrays"] if n.startswith(f"{root}/")]
     if not names:
         raise UserError(f"checkpoint {step} in {folder} has no {root!r} part.")
     folders, sources = [checkpoint], [{n.removeprefix(f"{root}/"): n for n in names}]
     if (folder / "frozen").is_dir():
         folders.append(folder / "frozen")
-        sources.append({n: n for n in _read_manifest(folder / "frozen")["arrays"]})
+        sources.append({n: n for n in read_manifest(folder / "frozen")["arrays"]})
     return folders, sources
 
 
@@ -664,7 +480,7 @@ def _naming_the_good_one(folder: pathlib.Path, step: int) -> Iterator[None]:
             advice = "there is no other good one"
         else:
             advice = f"the newest good one is {good}: delete {folder / str(step)} to go on from there"
-        if frozen.is_dir() and _verify_folder(frozen):
+        if frozen.is_dir() and verify_folder(frozen):
             advice = f"so are the frozen parameters at {frozen}"
         raise DamagedCheckpoint(f"checkpoint {step} in {folder} is damaged ({damage}); {advice}.") from damage
 
@@ -672,57 +488,7 @@ def _naming_the_good_one(folder: pathlib.Path, step: int) -> Iterator[None]:
 def verify(path: str | os.PathLike, step: int) -> str | None:
     """Reads a checkpoint in full; returns what is wrong with it, or None."""
     folder, step = find_checkpoint(path, step)
-    return _verify_folder(folder / str(step))
-
-
-def _verify_folder(folder: pathlib.Path) -> str | None:
-    try:
-        _read(folder, {name: _abstract_of(entry) for name, entry in _read_manifest(folder)["arrays"].items()})
-    except DamagedCheckpoint as damage:
-        return str(damage)
-    return None
-
-
-def _is_complete(folder: pathlib.Path) -> bool:
-    """Tells whether a checkpoint, or the frozen parameters, has been written to its end."""
-    return (folder / _COMMITTED).exists() if at_store(folder) else folder.is_dir()
-
-
-def _clean(directory: pathlib.Path) -> None:
-    """Removes what killed saves and removals left in a folder of checkpoints."""
-    if at_store(directory):
-        for place in directory.iterdir() if directory.is_dir() else ():
-            if (place.name.isdigit() or place.name == "frozen") and not _is_complete(place):
-                place.rmtree(missing_ok=True)
-        return
-    clean_leftovers(directory)
-    for leftover in directory.glob(f"*{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _remove(folder: pathlib.Path) -> None:
-    """Deletes a checkpoint so that a crash halfway leaves none that looks whole."""
-    if not at_store(folder):
-        remove_folder(folder)
-        return
-    with reaching(folder):
-        (folder / _COMMITTED).unlink(missing_ok=True)
-        folder.rmtree(missing_ok=True)
-
-
-def _flush(folder: pathlib.Path) -> None:
-    """Makes a complete checkpoint durable before older ones are deleted."""
-    if at_store(folder):
-        return  # an object is durable once it is written
-    for place, _, files in os.walk(folder):
-        for name in files:
-            handle = os.open(os.path.join(place, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        fsync_folder(place)
-    fsync_folder(folder.parent)
+    return verify_folder(folder / str(step))
 
 
 def _wait_for_all_processes(name: str) -> None:
@@ -730,17 +496,3 @@ def _wait_for_all_processes(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
-
-
-def _show(leaf: Any) -> str:
-    return f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
-
-
-def _some(names: Sequence[str], separator: str = ", ", most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(names[:most]) + more
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt_jax.checkpoint import Checkpointer, DoesNotFit
+from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.checkpoint_folder import DoesNotFit
 
 
 def continued_state(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax import checkpoint
+from gpt_jax import checkpoint, checkpoint_folder
 from gpt_jax.checkpoint import Checkpointer, load_params, restore_subset, steps_to_keep
 from gpt_jax.errors import UserError
 
@@ -242,7 +242,7 @@ def test_check_sum_is_the_formula_and_changes_with_every_single_bit(dtype):
     def formula(elements):
         return sum((2 * i + 1) * int(e) for i, e in enumerate(elements.ravel())) % 2**32
 
-    total = int(checkpoint._check_sum(jnp.asarray(x)))
+    total = int(checkpoint_folder.check_sum(jnp.asarray(x)))
     assert total == formula(bits_of_x)
     if dtype == "bool":
         return
@@ -469,7 +469,7 @@ def test_frozen_parameters_are_stored_once_and_come_back(run_with_frozen):
     with Checkpointer(run / "checkpoints") as saver:
         assert bits(saver.restore_frozen(abstract(frozen))) == bits(frozen)
         assert bits(saver.restore(2, abstract(state))) == bits(state)
-    stored = checkpoint._read_manifest(run / "checkpoints" / "2")["arrays"]
+    stored = checkpoint_folder.read_manifest(run / "checkpoints" / "2")["arrays"]
     assert not any("base" in name or "reference" in name for name in stored)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorstore
 
-from gpt_jax import checkpoint
+from gpt_jax import checkpoint_folder
 from gpt_jax.checkpoint import Checkpointer, find_checkpoint
 from gpt_jax.cli import main
 from gpt_jax.config import resolve
@@ -216,10 +216,10 @@ def test_commands_that_write_a_folder_refuse_a_url(command, capsys):
 def test_a_store_that_cannot_be_asked_says_nothing_of_a_checkpoint(monkeypatch):
     there = run_folder("gs://bucket/run/checkpoints/4", "a checkpoint")
     with pytest.raises(UserError, match="cannot use 'gs://bucket/run/checkpoints/4': PermissionError: 403") as error:
-        checkpoint._refuse_if_unreachable(there, PermissionError("403"))
-    assert not isinstance(error.value, checkpoint.DamagedCheckpoint)
+        checkpoint_folder.refuse_if_unreachable(there, PermissionError("403"))
+    assert not isinstance(error.value, checkpoint_folder.DamagedCheckpoint)
     for folder, problem in ((there, FileNotFoundError("gone")), (pathlib.Path("/runs/4"), PermissionError("no"))):
-        checkpoint._refuse_if_unreachable(folder, problem)  # damage, which the caller names
+        checkpoint_folder.refuse_if_unreachable(folder, problem)  # damage, which the caller names
     for several, kind in ((False, UserError), (True, RuntimeError)):  # the loss of a process is no mistake of a user
         monkeypatch.setattr("gpt_jax.distributed.several", lambda several=several: several)
         with pytest.raises(kind, match="Connection refused"), reaching(there):
