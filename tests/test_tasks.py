@@ -336,7 +336,7 @@ def test_every_registered_task_loads_without_its_data(tmp_path, monkeypatch):
     monkeypatch.delenv("GPT_JAX_DATA", raising=False)
     needs_files = {"classification", "text_to_text", "parallel", "tagging", "span_qa", "multiple_choice", "dialogue"}
     needs_files |= {"preferences"}
-    for name in REGISTRY:
+    for name in set(REGISTRY) - {"shortened"}:  # of another task
         labels = {"labels": ("x",)} if name in ("classification", "tagging") else {}
         task = load_task(name, **({"train": "x", **labels} if name in needs_files else {}))
         assert task.kind in KINDS and task.metrics and {"train", "valid"} <= set(task.splits)

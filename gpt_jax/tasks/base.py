@@ -73,6 +73,7 @@ REGISTRY: dict[str, str] = {
     "python_dialogue": "gpt_jax.tasks.python_dialogue:task",
     "python_preferences": "gpt_jax.tasks.python_preferences:task",
     "synthetic_arithmetic": "gpt_jax.tasks.synthetic_arithmetic:task",
+    "shortened": "gpt_jax.tasks.shortened:task",
     # Files of your own, by kind.
     "classification": "gpt_jax.tasks.generic:classification",
     "text_to_text": "gpt_jax.tasks.generic:text_to_text",

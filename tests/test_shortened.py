@@ -1,0 +1,71 @@
+"""tasks/shortened.py: inputs within a budget, and answers that stand where they should or nowhere."""
+
+import json
+
+import pytest
+
+from gpt_jax.data.tokenizer import ByteTokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.tasks import load_task
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def questions(tmp_path):
+    context = "the cat sat on a mat, the cat slept"
+    found = [
+        {"text": "cat", "answer_start": 4},
+        {"text": "cat", "answer_start": 26},
+        {"text": "mat", "answer_start": 17},
+    ]
+    qas = [{"id": "1", "question": "Who?", "answers": found}]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": qas}]}]}))
+    return {"name": "squad", "train": str(path), "test": str(path), "hold_out": 0}
+
+
+@pytest.mark.parametrize(
+    ("policy", "context", "answers"),
+    [
+        ("right", "the cat sat ", {("cat", 4)}),
+        ("left", "he cat slept", {("cat", 3)}),
+        ("head_tail", "the ca slept", set()),
+    ],
+)
+def test_answers_move_with_what_is_left_and_are_scored_whole(tmp_path, tokenizer, policy, context, answers):
+    task = load_task("shortened", task=questions(tmp_path), tokenizer=tokenizer, budget=12, policy=policy)
+    (found,) = task.examples("test")
+    assert found.context == context and set(found.answers) == answers
+    assert found.gold == ("cat", "cat", "mat")
+    assert task.score(["mat"], [found])["exact_match"] == 100
+
+
+def test_a_source_keeps_its_last_words(tmp_path, tokenizer):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"source": "abcdefgh", "target": "x"}) + "\n")
+    inner = {
+        "name": "text_to_text",
+        "train": str(path),
+        "test": str(path),
+        "source": "{source}\nTL;DR:\n",
+        "target": "{target}",
+    }
+    task = load_task("shortened", task=inner, tokenizer=tokenizer, budget=3, policy="left", end="\nTL;DR:\n")
+    (found,) = task.examples("test")
+    assert found.source == "fgh\nTL;DR:\n" and found.gold == ("x",)
+
+
+def test_what_cannot_be_shortened_is_refused(tmp_path, tokenizer):
+    given = dict(task=questions(tmp_path), tokenizer=tokenizer)
+    with pytest.raises(UserError, match="budget is 0"):
+        load_task("shortened", **given, budget=0)
+    with pytest.raises(UserError, match="policy is 'middle'"):
+        load_task("shortened", **given, budget=5, policy="middle")
+    with pytest.raises(UserError, match="no tokenizer in"):
+        load_task("shortened", task=given["task"], tokenizer=str(tmp_path / "none"), budget=5)
+    with pytest.raises(UserError, match="the kind of python_identifiers is 'tag'"):
+        load_task("shortened", task="python_identifiers", tokenizer=tokenizer, budget=5)
