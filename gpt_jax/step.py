@@ -269,8 +269,13 @@ class TrainStep:
             return self.init_jitted(jax.random.key(seed, impl="threefry2x32"))
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        with self.context():
-            return self.compiled(state, batch)
+        program = self.compiled
+        try:
+            with self.context():
+                return program(state, batch)
+        except TypeError:
+            _refuse_other_shapes(batch, self.batch_spec)
+            raise
 
     @functools.cached_property
     def compiled(self) -> Any:
@@ -378,6 +383,7 @@ def build_train_step(
 
     platform = mesh.devices.flat[0].platform
     abstract = jax.eval_shape(init, jax.random.key(0))
+    _check_dtypes(optimizer, abstract.params, abstract.opt_state)
     replicated = NamedSharding(mesh, PartitionSpec())
     placed = TrainState(
         step=replicated,
@@ -454,11 +460,37 @@ def build_train_step(
     )
 
 
+def _refuse_other_shapes(batch: Any, spec: Any) -> None:
+    """Raises a UserError where a leaf of a batch is not what the step was built for."""
+    given, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (batch, spec))
+    for path in wanted | given:
+        if path not in given or path not in wanted:
+            raise UserError(f"the batch {'has' if path in given else 'lacks'} {path_name(path)}, unlike the step's.")
+        is_, want = given[path], wanted[path]
+        if (is_.shape, jax.dtypes.canonicalize_dtype(is_.dtype)) != (want.shape, want.dtype):
+            raise UserError(
+                f"{path_name(path)} of the batch is {is_.dtype}{list(is_.shape)}; "
+                f"the step is built for {want.dtype}{list(want.shape)}."
+            )
+
+
+def _check_dtypes(optimizer: Optimizer, params: Any, opt_state: Any) -> None:
+    """Raises a UserError where an optimizer changes the type of its state."""
+    _, after = jax.eval_shape(optimizer.tx.update, params, opt_state, params)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(opt_state), jax.tree.leaves(after), strict=True)
+    for (path, old), new in pairs:
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise UserError(
+                f"the optimizer turns {path_name(path)} of its state from {old.dtype}{list(old.shape)} into "
+                f"{new.dtype}{list(new.shape)}; an update must keep shapes and types."
+            )
+
+
 def keep_unless(good: Array, advance: Callable[[], Any], old: Any, platform: str) -> Any:
     """What `advance` returns, or where not `good` what there was.
 
     On CPU as a branch: XLA fuses no two results into one loop there, so that with a choice by element the new moments
-    and the new parameters each read the old moments, which were copied. On accelerators a branch waits for the host.
+    and the new parameters each read the old moments, which were copied. On a GPU a branch waits for the host.
     """
     if platform == "cpu":
         return lax.cond(good, advance, lambda: old)

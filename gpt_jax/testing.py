@@ -68,7 +68,7 @@ def check_objective(
     """Runs the contract of `gpt_jax.objectives.base` on an objective.
 
     The properties, by the name that a failure begins with:
-      one compilation: nothing asks for a value while it is traced; three batches at three steps compile once.
+      one compilation: nothing asks for a value while it is traced.
       finite: loss, metrics and gradient.
       deterministic: the same batch under the same key gives the same bits, traced again too.
       total: the loss is the coef-weighted sum of the terms' values.
@@ -132,7 +132,6 @@ def check_objective(
     else:
         skipped.append("padding: the batch has no 'target_weights'")
     failures += _coefficients(objective, params, batch, seed)
-    failures += _one_compilation(step, params, batch)
     if failures:
         raise _broken(objective, failures)
     zero = [path_name(p) for p, g in jax.tree_util.tree_leaves_with_path(once.gradient) if not np.any(g)]
@@ -491,12 +490,3 @@ def _coefficients(objective: Any, params: Any, batch: Any, seed: int) -> list[st
                 gap = _gap(whole[other], less[other])
                 out.append(f"coefficients: 0 for {term!r} changes the value of {other!r} by {gap:.2g}, relative.")
     return out
-
-
-def _one_compilation(step: TrainStep, params: Any, batch: Any) -> list[str]:
-    try:
-        for turn in range(3):
-            _evaluate(step, params, jax.tree.map(lambda x, turn=turn: np.roll(x, turn, axis=0), batch), at=turn)
-    except (TypeError, ValueError) as error:
-        return [f"one compilation: the program of one batch does not take another of its shape: {error}"]
-    return []

@@ -31,7 +31,10 @@ def main() -> int:
     args = parser.parse_args()
     workdir = pathlib.Path(args.workdir)
     config = json.loads((workdir / "config.json").read_text())
-    (task,) = config["data"]["tasks"]
+    tasks = config["data"]["tasks"]
+    if len(tasks) != 1:
+        parser.error(f"--workdir is {args.workdir!r}, a run of {len(tasks)} tasks; one of a single task is needed.")
+    (task,) = tasks
     name = task if isinstance(task, str) else task["name"]
     budgets, policies = [int(b) for b in args.budgets.split(",")], args.policies.split(",")
     scores = {policy: [] for policy in policies}
@@ -44,13 +47,12 @@ def main() -> int:
             command += [f"--max-generated={args.max_generated}"] if args.max_generated else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise SystemExit(f"input_budget: {done.stderr.strip().splitlines()[-1]}")
+                raise SystemExit(f"input_budget: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}")
             found = {
                 k: v for k, v in json.loads(done.stdout.strip().splitlines()[-1]).items() if k.startswith("valid/")
             }
-            metric = (
-                f"valid/{args.metric}" if args.metric else [k for k in found if "loss" not in k and "nll" not in k][-1]
-            )
+            plain = [k for k in found if k.count("/") == 1 and "loss" not in k and "nll" not in k]
+            metric = f"valid/{args.metric or plain[-1].removeprefix('valid/')}"
             scores[policy].append(found[metric])
             print(f"{name}, {policy}, {budget} tokens: {metric} {found[metric]:.2f}", file=sys.stderr, flush=True)
     print(f"| {name}, {metric.removeprefix('valid/')} | " + " | ".join(map(str, budgets)) + " |")

@@ -378,7 +378,7 @@ def test_arms_are_compared_on_the_same_splits():
 
 
 @pytest.mark.slow
-def test_the_experiment_compiles_once_and_goes_on_where_it_stopped(lm, tmp_path):
+def test_the_experiment_goes_on_where_it_stopped(lm, tmp_path):
     from gpt_jax.augment.experiment import Experiment, Models, Protocol, read_results
     from gpt_jax.augment.finetune import Recipe
     from gpt_jax.loading import load

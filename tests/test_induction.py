@@ -25,37 +25,23 @@ def batch(seed):
     return {"tokens": tokens, "targets": targets, "target_weights": weights}
 
 
-@pytest.fixture(scope="module")
-def patterns():
-    """{layers: what the trained model's heads do, on fresh passages}."""
-    out = {}
-    for layers in (1, 2):
-        shape = dict(num_layers=layers, d_model=64, num_heads=2, d_ff=64, vocab_multiple=8)
-        model = Transformer(ModelConfig(vocab_size=VOCAB, positions="rope", norm="rmsnorm", bias=False, **shape))
-        objective, mesh = CausalLM(model), make_mesh(devices=jax.devices()[:1])
-        optimizer = make_optimizer("muon", 0.02, weight_decay=0.0)
-        step = build_train_step(objective, optimizer, objective.batch_spec(ROWS, LENGTH), mesh=mesh)
-        state = step.init(0)
-        for number in range(450):
-            state, _ = step(state, step.put(batch(number)))
-        subject = subject_of(model, state.params["model"])
-        out[layers] = head_patterns(subject, rows=64, length=LENGTH, seed=10**6)
-    return out
+def patterns(layers):
+    """What the heads of a trained model of so many layers do, on fresh passages."""
+    shape = dict(num_layers=layers, d_model=64, num_heads=2, d_ff=64, vocab_multiple=8)
+    model = Transformer(ModelConfig(vocab_size=VOCAB, positions="rope", norm="rmsnorm", bias=False, **shape))
+    objective, mesh = CausalLM(model), make_mesh(devices=jax.devices()[:1])
+    optimizer = make_optimizer("muon", 0.02, weight_decay=0.0)
+    step = build_train_step(objective, optimizer, objective.batch_spec(ROWS, LENGTH), mesh=mesh)
+    state = step.init(0)
+    for number in range(450):
+        state, _ = step(state, step.put(batch(number)))
+    return head_patterns(subject_of(model, state.params["model"]), rows=64, length=LENGTH, seed=10**6)
 
 
 @pytest.mark.slow
-def test_two_layers_show_induction_and_one_does_not(patterns):
-    assert patterns[2]["induction"].max() > 0.5
-    assert patterns[1]["induction"].max() < 0.1
-
-
-@pytest.mark.slow
-def test_the_induction_head_stands_on_a_previous_token_head_below_it(patterns):
-    layer, _ = np.unravel_index(patterns[2]["induction"].argmax(), (2, 2))
-    assert layer == 1 and patterns[2]["previous"][0].max() > 0.5
-    assert patterns[2]["induction"][0].max() < 0.1
-
-
-@pytest.mark.slow
-def test_only_the_model_with_the_head_foretells_the_second_passage(patterns):
-    assert patterns[2]["second_loss"] < 1.0 < 3.0 < patterns[1]["second_loss"]
+def test_two_layers_grow_an_induction_head_over_a_previous_token_head_and_one_layer_cannot():
+    one, two = (patterns(layers) for layers in (1, 2))
+    assert two["induction"].max() > 0.5 and one["induction"].max() < 0.1
+    layer, _ = np.unravel_index(two["induction"].argmax(), (2, 2))
+    assert layer == 1 and two["previous"][0].max() > 0.5 and two["induction"][0].max() < 0.1
+    assert two["second_loss"] < 1.0 < 3.0 < one["second_loss"]  # only the head foretells the second passage

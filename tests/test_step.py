@@ -17,7 +17,7 @@ from gpt_jax.objectives.causal_lm import CausalLM
 from gpt_jax.objectives.compose import Mixture, Sum
 from gpt_jax.optim import make_optimizer, make_schedule
 from gpt_jax.sharding import assert_sharded_like, make_mesh, path_name
-from gpt_jax.step import build_eval_step, build_train_step, gradients, row_keys
+from gpt_jax.step import build_eval_step, build_train_step, gradients, keep_unless, row_keys
 
 
 def batch_of(seed=0, rows=8, **kwargs):
@@ -313,10 +313,31 @@ def test_one_compilation_serves_a_run_of_mixed_tasks():
         if turn > 1:
             batch["ab"[turn % 2]]["target_weights"][:] = 0
         state, metrics = step(state, step.put(batch))
-    more = {name: batch_of(0, rows=8) for name in "ab"}
-    with pytest.raises(TypeError, match="compiled"):  # the program takes nothing else
-        step(state, more)
     assert float(metrics["loss/b/lm"]) == 0 and float(metrics["loss/a/lm"]) > 0
+    more = {name: batch_of(0, rows=8) for name in "ab"}
+    with pytest.raises(UserError, match=r"a/\w+ of the batch is \w+\[8, \d+\]; the step is built for \w+\[4, \d+\]"):
+        step(state, more)
+    batch["a"]["tokens"] = batch["a"]["tokens"].astype(np.uint16)
+    with pytest.raises(UserError, match=r"a/tokens of the batch is uint16\[4"):
+        step(state, batch)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("good", [True, False])
+def test_a_bad_update_leaves_everything_as_it_was(platform, good):
+    old = {"x": jnp.arange(3.0), "n": jnp.int32(4)}
+    new = {"x": jnp.full(3, 7.0 if good else jnp.nan), "n": jnp.int32(5)}
+    kept = jax.jit(lambda good: keep_unless(good, lambda: new, old, platform))(jnp.bool_(good))
+    assert_trees_equal(kept, new if good else old)
+
+
+def test_an_optimizer_that_changes_the_type_of_its_state_is_refused():
+    def update(grads, state, params=None):
+        return grads, state.astype(jnp.float32)
+
+    half = optax.GradientTransformation(lambda params: jnp.zeros(2, jnp.bfloat16), update)
+    with pytest.raises(UserError, match=r"from bfloat16\[2\] into float32\[2\]; an update must keep"):
+        build(optimizer=half)
 
 
 def test_an_update_can_be_lowered_without_data():

@@ -75,7 +75,7 @@ class FineTuner:
         recipe = self.recipe
         fresh = self.step.init(seed)
         roots = {root: self.start.get(root, tree) for root, tree in fresh.all_params.items()}
-        # Placed as the update leaves them, or it would be compiled for both; copied, since the state is donated.
+        # Placed as the step wants them; copied, since the state is donated.
         placed = jax.tree.map(jax.device_put, roots, self.step.param_shardings)
         state = self.step.with_params(fresh, jax.tree.map(jnp.copy, placed))
         counts = [recipe.batch_size]

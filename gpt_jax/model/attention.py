@@ -212,7 +212,8 @@ def _softmax_attend(q, k, v, allowed, distance, variant: Variant, block_id: int)
     q = (q * jnp.asarray(1.0 / math.sqrt(K), q.dtype)).reshape(B, T, G, H // G, K)
     q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK = jnp.transpose(q, (0, 2, 3, 1, 4)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     scores = _mask(score(q_BxGxRxTxK, k_BxGxSxK), allowed, distance, variant)
-    if variant.mix_weights_HxH is None and variant.keys_B is None:
+    small = v.dtype == jnp.float16  # its slopes would vanish if divided by a row's sum
+    if variant.mix_weights_HxH is None and variant.keys_B is None and not small:
         out_BxGxRxTxK = softmax_product(scores, v_BxGxSxK)
     else:
         weights = _normalize(scores, variant, block_id)

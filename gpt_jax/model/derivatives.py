@@ -177,9 +177,8 @@ def _softmax_product(scores, v):
 
 def _softmax_product_backward(residuals, g):
     power, inverse, v, out = residuals
-    g = g.astype(jnp.float32) * inverse
-    along = jnp.sum(g * out, axis=-1, keepdims=True)
-    g = g.astype(v.dtype)
+    g = (g.astype(jnp.float32) * inverse).astype(v.dtype)
+    along = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
     d_v_BxGxKxS = lax.dot_general(g, power, (((2, 3), (2, 3)), ((0, 1), (0, 1))))  # transposed, as in `score`
     v_BxGxKxS = once(jnp.swapaxes(v, 2, 3), d_v_BxGxKxS)
     d_power = lax.dot_general(g, v_BxGxKxS, (((4,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)

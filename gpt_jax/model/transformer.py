@@ -107,11 +107,11 @@ class Transformer(nn.Module):
         if E != D:  # of these widths, activations keep their scale
             self.embedding_in = Product(config, (E, D), (None, "embed"), std=E**-0.5)
             self.embedding_out = Product(config, (D, E), ("embed", None), std=D**-0.5)
-        repetition = _Repetition
+        repetition, repetitions = _Repetition, config.num_layers // len(config.pattern)
         if config.remat != "none":
             # Of layers written out the compiler would merge both passes again; in a loop it cannot.
-            repetition = nn.remat(repetition, policy=_REMAT_POLICIES[config.remat](), prevent_cse=config.unroll != 1)
-        repetitions = config.num_layers // len(config.pattern)
+            loop = 1 <= config.unroll < repetitions
+            repetition = nn.remat(repetition, policy=_REMAT_POLICIES[config.remat](), prevent_cse=not loop)
         self.layers = nn.scan(
             repetition,
             variable_axes={"params": 0},

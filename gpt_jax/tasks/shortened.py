@@ -71,12 +71,26 @@ def _cut(text: str, tokenizer: Tokenizer, budget: int, policy: str, head: float,
 def _shorten(item: Any, cut: Callable[[str], str]) -> Example:
     if isinstance(item, SpanQA):
         context = cut(item.context)
-        lost = len(item.context) - len(context)
-        # An answer stands where it stood, or as far from the end as it did, or it is gone.
-        places = [(text, at) for text, start in item.answers for at in (start, start - lost)]
-        answers = dict.fromkeys((text, at) for text, at in places if at >= 0 and context[at : at + len(text)] == text)
         kept = dict(where=item.where, group=item.group)
-        return ShortenedQA(item.id, item.question, context, tuple(answers), expected=item.gold, **kept)
+        answers = _moved(item.answers, item.context, context)
+        return ShortenedQA(item.id, item.question, context, answers, expected=item.gold, **kept)
     if isinstance(item, TextToText):
         return dataclasses.replace(item, source=cut(item.source))
     return dataclasses.replace(item, text=cut(item.text))
+
+
+def _moved(answers: Iterable[tuple[str, int]], whole: str, part: str) -> tuple[tuple[str, int], ...]:
+    """The answers that lie in the beginning or the end that a text shares with a part of it, at their new places."""
+    lost, head, tail = len(whole) - len(part), _shared(whole, part), _shared(whole[::-1], part[::-1])
+    found = []
+    for text, start in answers:
+        if start + len(text) <= head:
+            found.append((text, start))
+        elif start >= len(whole) - tail:
+            found.append((text, start - lost))
+    return tuple(found)
+
+
+def _shared(a: str, b: str) -> int:
+    """How many characters two texts share from the beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
