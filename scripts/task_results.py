@@ -157,13 +157,14 @@ def table(results: list[dict]) -> tuple[str, dict]:
     for name in dict.fromkeys(r["row"] for r in results):
         mine = [r for r in results if r["row"] == name]
         by = {s: {r["seed"]: r["score"] for r in mine if r["start"] == s} for s in ("pretrained", "scratch")}
-        shown = {s: f"{statistics.mean(v.values()):.2f}" if v else "" for s, v in by.items()}
+        digits = 1 if max(r["score"] for r in mine) > 1 else 3  # scores run to 100 or to 1
+        shown = {s: f"{statistics.mean(v.values()):.{digits}f}" if v else "" for s, v in by.items()}
         paired = [by["pretrained"][k] - v for k, v in by["scratch"].items() if k in by["pretrained"]]
         gap = ""
         if len(paired) > 1:
             mean = statistics.mean(paired)
             half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / math.sqrt(len(paired))
-            gap = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+            gap = f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
         seconds = round(statistics.mean(r["seconds"] for r in mine))
         lines.append(
             f"| {name} | {mine[0]['metric']} | {shown['pretrained']} | {shown['scratch']} | {gap} | "
