@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt_jax.eval_step import build_eval_step as build_eval_step
     from gpt_jax.generation import generate as generate
     from gpt_jax.loading import load as load
     from gpt_jax.model import Mask as Mask
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from gpt_jax.optim import make_optimizer as make_optimizer
     from gpt_jax.optim import make_schedule as make_schedule
     from gpt_jax.sharding import make_mesh as make_mesh
-    from gpt_jax.step import TrainState as TrainState
-    from gpt_jax.step import build_eval_step as build_eval_step
     from gpt_jax.step import build_train_step as build_train_step
+    from gpt_jax.train_state import TrainState as TrainState
 
 _WHERE = {
     "CausalLM": "gpt_jax.objectives.causal_lm",
@@ -34,9 +34,9 @@ _WHERE = {
     "Objective": "gpt_jax.objectives",
     "ReplacedToken": "gpt_jax.objectives.replaced_token",
     "Sum": "gpt_jax.objectives.compose",
-    "TrainState": "gpt_jax.step",
+    "TrainState": "gpt_jax.train_state",
     "Transformer": "gpt_jax.model",
-    "build_eval_step": "gpt_jax.step",
+    "build_eval_step": "gpt_jax.eval_step",
     "build_train_step": "gpt_jax.step",
     "generate": "gpt_jax.generation",
     "load": "gpt_jax.loading",

@@ -19,10 +19,11 @@ from gpt_jax.data import Loader
 from gpt_jax.data.mixture import assign
 from gpt_jax.data.permutation import mix, permute
 from gpt_jax.errors import UserError
+from gpt_jax.eval_step import build_predict_step
 from gpt_jax.generation import stream_batch
 from gpt_jax.rewards import make_rewards
 from gpt_jax.sampling import Sampling
-from gpt_jax.step import TrainStep, build_predict_step
+from gpt_jax.step import TrainStep
 
 _DRAWS, _ORDER, _PROMPTS = 11, 12, 13  # what a seed is mixed with, so that no two uses share draws
 

@@ -20,12 +20,13 @@ from gpt_jax.data import Data, Loader, prepare_data
 from gpt_jax.data.batches import resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
 from gpt_jax.errors import UserError, choose
+from gpt_jax.eval_step import build_eval_step, build_predict_step
 from gpt_jax.model.lora import LORA_BASE
 from gpt_jax.objectives.base import Host, Objective, Setting, build_objective, check_spec, rows_of
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
 from gpt_jax.remote import run_folder
 from gpt_jax.sharding import AXES, DEFAULT_RULES, batch_shardings, make_mesh, path_name
-from gpt_jax.step import TrainStep, build_eval_step, build_predict_step, build_train_step
+from gpt_jax.step import TrainStep, build_train_step
 from gpt_jax.workdir import open_workdir
 
 

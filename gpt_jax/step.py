@@ -11,9 +11,8 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ import jax.numpy as jnp
 import jaxlib.version
 import optax
 from flax import linen as nn
-from flax import struct
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -33,73 +31,13 @@ from gpt_jax.sharding import (
     DEFAULT_RULES,
     Rules,
     batch_shardings,
-    is_boxed,
     make_mesh,
     param_shardings,
     path_name,
     state_shardings,
     unbox,
 )
-
-EVALUATION = 0x7FFFFFFF  # stands where the step does in the row keys of an evaluation
-
-
-@struct.dataclass
-class TrainState:
-    """All that an update changes, and the frozen parameters beside it.
-
-    Attributes:
-      step: batches consumed. params, frozen: trained and frozen parameters: the same tree, with None where the leaf is
-        in the other. opt_state: optax's. ema: averaged params, or None. skipped: non-finite updates [in a row, in all].
-    """
-
-    step: Array
-    params: Any
-    frozen: Any
-    opt_state: Any
-    ema: Any
-    skipped: Array
-
-    @property
-    def all_params(self) -> Any:
-        return join(self.params, self.frozen)
-
-    def eval_params(self, weights: str = "auto") -> Any:
-        """What evaluation, sampling and export read: raw, ema, an optimizer's average, or (auto) an average if any."""
-        chosen = self.params
-        average = schedule_free_state(self.opt_state)
-        if weights == "average" and average is None:
-            raise UserError("eval.weights is 'average', but the optimizer keeps none (schedule-free ones do).")
-        if average is not None and weights in ("average", "auto"):
-            chosen = optax.contrib.schedule_free_eval_params(average, self.params)
-        elif weights == "ema" or (weights == "auto" and self.ema is not None):
-            if self.ema is None:
-                raise UserError("eval.weights is 'ema', but optimizer.ema is 0: there is no average.")
-            chosen = self.ema
-        return join(chosen, self.frozen)
-
-
-def schedule_free_state(opt_state: Any) -> Any:
-    """Returns the part of an optimizer state whose evaluation parameters are an average, or None."""
-    kind = optax.contrib.ScheduleFreeState
-    parts = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
-    return next((part for part in parts if isinstance(part, kind)), None)
-
-
-def split(params: Any, frozen: Sequence[str]) -> tuple[Any, Any]:
-    """Splits parameters by regexes over their names: (trained, frozen), None where the leaf is in the other."""
-
-    def match(path: Any) -> bool:
-        return any(re.fullmatch(regex, path_name(path)) for regex in frozen)
-
-    with_path = jax.tree_util.tree_map_with_path
-    trained = with_path(lambda path, leaf: None if match(path) else leaf, params, is_leaf=is_boxed)
-    return trained, with_path(lambda path, leaf: leaf if match(path) else None, params, is_leaf=is_boxed)
-
-
-def join(trained: Any, frozen: Any) -> Any:
-    """Puts back together what `split` took apart."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+from gpt_jax.train_state import TrainState, join, split
 
 
 def row_keys(seed: int, step: Array | int, rows: Array) -> Array:
@@ -514,52 +452,3 @@ def _on_cpu(options: dict[str, Any], platform: str) -> dict[str, Any] | None:
 
 def _one_row(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *spec.shape[1:]), spec.dtype)
-
-
-def build_eval_step(
-    step: TrainStep, batch_spec: Any, *, seed: int = 0, objective: Objective | None = None
-) -> Callable[[Any, Any, int], dict[str, Any]]:
-    """Builds the evaluation of the same objective: prepare and loss, without scores, dropout or update.
-
-    Args:
-      step: the train step it belongs to. batch_spec: of a validation batch.
-      seed: of whatever the objective draws, folded with the example's index: the same masks every time.
-      objective: a part of the step's that has a batch of its own; None is the step's.
-
-    Returns:
-      evaluate(params, batch, first) -> {name: (sum, weight)}, float32 scalars on the device, where `first` is the
-      index of the batch's first example. Sum them over batches (`add_sums`), then divide.
-    """
-    objective = objective or step.objective
-
-    def evaluate(params: Any, batch: Any, first: Array) -> dict[str, tuple[Array, Array]]:
-        keys = row_keys(seed, EVALUATION, first + jnp.arange(objective.num_rows(batch)))
-        batch = objective.prepare(batch, keys, jnp.zeros((), jnp.int32))
-        sums, metrics = objective.loss(params, batch, keys, False)
-        totals = {term: jnp.sum(weight, dtype=jnp.float32) for term, weight in objective.weights(batch).items()}
-        for term in objective.batch_terms:
-            totals[term] = jnp.ones(())
-        out = {f"loss/{term}": (value, totals[term]) for term, value in sums.items()}
-        return out | dict(metrics)
-
-    replicated = NamedSharding(step.mesh, PartitionSpec())
-    placed = (step.param_shardings, batch_shardings(batch_spec, step.mesh), None)
-    jitted = jax.jit(evaluate, in_shardings=placed, out_shardings=replicated)
-
-    def run(params: Any, batch: Any, first: int) -> dict[str, Any]:
-        with step.context():
-            return jitted(params, batch, jnp.asarray(first, jnp.int32))
-
-    return run
-
-
-def build_predict_step(step: TrainStep, batch_spec: Any, objective: Objective) -> Callable[[Any, Any], dict[str, Any]]:
-    """Builds (params, batch) -> {name: [rows, ...]}, replicated: the objective's `predict`."""
-    placed = (step.param_shardings, batch_shardings(batch_spec, step.mesh))
-    jitted = jax.jit(objective.predict, in_shardings=placed, out_shardings=NamedSharding(step.mesh, PartitionSpec()))
-
-    def run(params: Any, batch: Any) -> dict[str, Any]:
-        with step.context():
-            return jitted(params, batch)
-
-    return run

@@ -29,7 +29,8 @@ from gpt_jax.errors import UserError
 from gpt_jax.model import Cache, Mask, ModelConfig, Transformer
 from gpt_jax.objectives.base import Objective
 from gpt_jax.sharding import make_mesh, path_name
-from gpt_jax.step import TrainStep, build_train_step, row_keys, split
+from gpt_jax.step import TrainStep, build_train_step, row_keys
+from gpt_jax.train_state import split
 
 TOLERANCE = 2e-5  # of float32 sums taken in another order, relative
 NOISE = 0.02

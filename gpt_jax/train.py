@@ -32,8 +32,8 @@ from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import continued_state
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.sharding import path_name
-from gpt_jax.step import TrainState, join
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
+from gpt_jax.train_state import TrainState, join
 from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir
 
 

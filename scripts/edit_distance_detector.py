@@ -26,10 +26,11 @@ import numpy as np
 
 from gpt_jax.edit_distance import levenshtein, soft_edit_distance
 from gpt_jax.errors import UserError
+from gpt_jax.eval_step import EVALUATION
 from gpt_jax.objectives import masking
 from gpt_jax.objectives.replaced_token import SHARED, ReplacedToken
 from gpt_jax.run import restore_run
-from gpt_jax.step import EVALUATION, row_keys
+from gpt_jax.step import row_keys
 
 WINDOWS = (0, 1, 3)
 

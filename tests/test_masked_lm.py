@@ -15,13 +15,14 @@ from scipy.stats import chi2, chisquare
 from gpt_jax.cli import main
 from gpt_jax.edit_distance import levenshtein
 from gpt_jax.errors import UserError
+from gpt_jax.eval_step import build_eval_step
 from gpt_jax.model import Transformer
 from gpt_jax.objectives import masking
 from gpt_jax.objectives.base import Setting, build_objective
 from gpt_jax.objectives.masked_lm import MaskedLM, edit_distances
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh, unbox
-from gpt_jax.step import build_eval_step, build_train_step, gradients, row_keys
+from gpt_jax.step import build_train_step, gradients, row_keys
 from gpt_jax.testing import check_objective
 
 VOCAB, MASK, EOT = 37, 36, 3

@@ -12,6 +12,7 @@ from helpers import VOCAB, apply_of, assert_trees_close, initial_params, params_
 
 from gpt_jax.errors import UserError
 from gpt_jax.model import Cache, Mask, ModelConfig, Transformer, count_parameters
+from gpt_jax.model.attention import Variant, attend
 from gpt_jax.model.layers import MLP
 from gpt_jax.presets import GPT2, GPT3, PRESETS
 from gpt_jax.sharding import is_boxed, path_name
@@ -409,6 +410,21 @@ def test_half_precision_is_near_single_precision(dtype):
     single = apply_of(tiny())(params, tokens())
     assert half.logits.dtype == jnp.float32 and half.hidden.dtype == jnp.dtype(dtype)
     assert 0 < np.abs(half.logits - single.logits).max() < 0.02 * np.abs(single.logits).max()
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("bfloat16", 0.05), ("float16", 0.05)])
+def test_small_slopes_pass_attention_in_half_precision(dtype, near):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 256, 1, 8)), dtype) for _ in range(3))
+
+    def gradient(dtype):
+        out, back = jax.vjp(
+            lambda *x: attend(*x, Mask("bidirectional"), Variant(), block=None), *(x.astype(dtype) for x in (q, k, v))
+        )
+        return [np.asarray(g, np.float32) for g in back(jnp.full(out.shape, 1e-5, out.dtype))]
+
+    for half, single in zip(gradient(dtype)[2:], gradient("float32")[2:], strict=True):
+        assert np.abs(half - single).max() < near * np.abs(single).max()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 from gpt_jax.checkpoint import Checkpointer, restore_subset
 from gpt_jax.errors import UserError
+from gpt_jax.eval_step import build_eval_step
 from gpt_jax.hooks import strip
 from gpt_jax.model import Transformer, count_parameters
 from gpt_jax.objectives.base import Setting, build_objective
@@ -20,7 +21,7 @@ from gpt_jax.objectives.causal_lm import CausalLM
 from gpt_jax.objectives.replaced_token import ReplacedToken, generator_config, gumbel_sample
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh, unbox
-from gpt_jax.step import build_eval_step, build_train_step, gradients, row_keys
+from gpt_jax.step import build_train_step, gradients, row_keys
 from gpt_jax.testing import check_objective
 
 VOCAB, MASK, EOT = 37, 36, 3

@@ -24,7 +24,7 @@ from gpt_jax.config import resolve
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import read_rows
 from gpt_jax.resume import continued_state
-from gpt_jax.step import TrainState
+from gpt_jax.train_state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,13 @@ from helpers import assert_trees_close, assert_trees_equal, relative, text_batch
 from toys import SIZE, Bigram
 
 from gpt_jax.errors import UserError
+from gpt_jax.eval_step import build_eval_step
 from gpt_jax.model import Transformer
 from gpt_jax.objectives.causal_lm import CausalLM
 from gpt_jax.objectives.compose import Mixture, Sum
 from gpt_jax.optim import make_optimizer, make_schedule
 from gpt_jax.sharding import assert_sharded_like, make_mesh, path_name
-from gpt_jax.step import build_eval_step, build_train_step, gradients, keep_unless, row_keys
+from gpt_jax.step import build_train_step, gradients, keep_unless, row_keys
 
 
 def batch_of(seed=0, rows=8, **kwargs):
@@ -329,6 +333,49 @@ def test_a_bad_update_leaves_everything_as_it_was(platform, good):
     new = {"x": jnp.full(3, 7.0 if good else jnp.nan), "n": jnp.int32(5)}
     kept = jax.jit(lambda good: keep_unless(good, lambda: new, old, platform))(jnp.bool_(good))
     assert_trees_equal(kept, new if good else old)
+
+
+def test_on_cpu_moments_are_updated_where_they_lie():
+    n = 1 << 18
+
+    def memory(platform):
+        def update(state, g):
+            good = jnp.isfinite(jnp.sum(g))
+
+            def advance():
+                p, m, v = state
+                m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+                return p - m / (jnp.sqrt(v) + 1e-8), m, v
+
+            return keep_unless(good, advance, state, platform)
+
+        x = jax.ShapeDtypeStruct((n,), jnp.float32)
+        program = jax.jit(update, donate_argnums=0).lower((x, x, x), x).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert memory("cpu") < 4 * n < memory("tpu")  # the second, compiled for this CPU, copies both moments
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_memory_that_is_free_in_pieces_goes_back():
+    code = """if True:
+    from gpt_jax.step import return_freed_memory
+
+    def resident():
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1e3
+
+    pieces = [bytes(60_000) for _ in range(4000)]  # 240 MB
+    kept = pieces[::400]
+    del pieces
+    before = resident()
+    return_freed_memory()
+    print(before - resident())
+    """
+    tunables = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"  # those of scripts/_venv.sh
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True
+    )
+    assert float(done.stdout) > 100, done.stderr
 
 
 def test_an_optimizer_that_changes_the_type_of_its_state_is_refused():
