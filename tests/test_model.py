@@ -412,19 +412,13 @@ def test_half_precision_is_near_single_precision(dtype):
     assert 0 < np.abs(half.logits - single.logits).max() < 0.02 * np.abs(single.logits).max()
 
 
-@pytest.mark.parametrize(("dtype", "near"), [("bfloat16", 0.05), ("float16", 0.05)])
-def test_small_slopes_pass_attention_in_half_precision(dtype, near):
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, 256, 1, 8)), dtype) for _ in range(3))
-
-    def gradient(dtype):
-        out, back = jax.vjp(
-            lambda *x: attend(*x, Mask("bidirectional"), Variant(), block=None), *(x.astype(dtype) for x in (q, k, v))
-        )
-        return [np.asarray(g, np.float32) for g in back(jnp.full(out.shape, 1e-5, out.dtype))]
-
-    for half, single in zip(gradient(dtype)[2:], gradient("float32")[2:], strict=True):
-        assert np.abs(half - single).max() < near * np.abs(single).max()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_small_slopes_pass_attention_in_half_precision(dtype):
+    q = k = jnp.zeros((1, 1024, 1, 8), dtype)  # every key gets 1/1024 of every query's slope
+    v = jnp.ones_like(q)
+    _, back = jax.vjp(lambda v: attend(q, k, v, Mask("bidirectional"), Variant(), block=None), v)
+    (slope,) = back(jnp.full(v.shape, 1e-5, dtype))
+    np.testing.assert_allclose(np.asarray(slope, np.float32), 1e-5, rtol=0.03)
 
 
 @pytest.mark.parametrize(
