@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import load_script
 
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
@@ -69,3 +70,23 @@ def test_what_cannot_be_shortened_is_refused(tmp_path, tokenizer):
         load_task("shortened", task=given["task"], tokenizer=str(tmp_path / "none"), budget=5)
     with pytest.raises(UserError, match="the kind of python_identifiers is 'tag'"):
         load_task("shortened", task="python_identifiers", tokenizer=tokenizer, budget=5)
+
+
+def test_the_script_names_its_mistakes_and_the_metric_it_has_not(tmp_path, monkeypatch):
+    script = load_script("input_budget")
+
+    def run_of(*tasks):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"data": {"tasks": tasks}}))
+        return ["--workdir", str(tmp_path / "run")]
+
+    with pytest.raises(UserError, match="no run directory"):
+        script.main(["--workdir", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="a run of 2 tasks; one of a single task"):
+        script.main(run_of("squad", "sst2"))
+    with pytest.raises(SystemExit):
+        script.main([*run_of("squad"), "--budgets", "two"])
+    monkeypatch.setattr(script, "evaluate", lambda *given: {"exact_match": 1.0, "f1": 2.0})
+    with pytest.raises(UserError, match="--metric is 'bleu'; allowed: exact_match, f1"):
+        script.main([*run_of("squad"), "--metric", "bleu"])
+    assert script.main(run_of({"name": "squad"})) == 0
