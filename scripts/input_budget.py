@@ -70,7 +70,11 @@ def evaluate(args: argparse.Namespace, task: Any, budget: int, policy: str) -> d
     command += [f"--max-generated={args.max_generated}"] if args.max_generated else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError((done.stderr.strip().splitlines() or [f"the evaluation ended with {done.returncode}"])[-1])
+        raise UserError(
+            (done.stderr.strip().splitlines() or [f"the evaluation ended with {done.returncode}"])[-1].removeprefix(
+                "gpt-jax: "
+            )
+        )
     values = json.loads(done.stdout.strip().splitlines()[-1])
     plain = (k for k in values if k.startswith("valid/") and k.count("/") == 1 and "loss" not in k and "nll" not in k)
     return {key.removeprefix("valid/"): values[key] for key in plain}
@@ -83,12 +87,12 @@ def draw(path: str, budgets: list[int], scores: dict[str, list[float]], label: s
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    dropped = {"left": "the beginning", "right": "the end", "head_tail": "the middle"}
     for policy, row in scores.items():
-        axes.plot(
-            budgets, row, marker="o", label=f"{policy} is dropped" if policy != "head_tail" else "middle is dropped"
-        )
+        axes.plot(budgets, row, marker="o", label=f"without {dropped[policy]}")
     axes.set(xscale="log", xlabel="input budget (tokens)", ylabel=label)
     axes.set_xticks(budgets, list(map(str, budgets)))
+    axes.minorticks_off()
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
