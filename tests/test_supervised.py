@@ -1,5 +1,7 @@
 """Supervised text to text: -log P(target | prompt), whatever the packing, the padding and the prompt's labels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model import Mask, Transformer
 from gpt_jax.objectives.base import Host
 from gpt_jax.objectives.supervised import Supervised
+from gpt_jax.predictions import generate_predictions
 from gpt_jax.testing import check_objective
 
 TOKENIZER = ByteTokenizer(["eot"])
@@ -82,6 +85,21 @@ def test_loss_on_all_predicts_the_prompt_too():
     assert ((batch["target_weights"] == 1) == (batch["segment_ids"] > 0)).all()
     with pytest.raises(UserError, match="the prompt's tokens see each other"):
         Supervised(Transformer(CONFIG), mask="prefix", loss_on="all")
+
+
+def test_a_prompt_that_is_too_long_is_cut_the_same_way_in_training_and_generation(monkeypatch):
+    rows, seen = rows_of(length=24, max_new=6), []
+    monkeypatch.setattr("gpt_jax.generation.generate", lambda model, params, prompts, **_: seen.extend(prompts) or [[]])
+    task = toy_tasks.reverse(train=1)
+    example = dataclasses.replace(
+        task.examples("train")[0], source="a long text of more than twenty-four bytes", target="x"
+    )
+    encoded = EncodedTask(task, TaskInfo(0, task.name), [example], rows, TOKENIZER, rows.length)
+    generate_predictions(Supervised(Transformer(CONFIG)), {"model": None}, encoded, [example])
+    trained = rows.row(rows.prompt(example, TOKENIZER), [ord("x"), EOT])["tokens"]
+    assert seen[0][0] == trained[0] == EOT
+    assert len(seen[0]) == 18
+    assert TOKENIZER.decode(seen[0][1:]) == "twenty-four bytes"
 
 
 @pytest.mark.parametrize("mask", ["causal", "prefix"])
