@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from gpt_jax.config import Config
-from gpt_jax.data.batches import resolve_batch_schedule
+from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.errors import UserError
 from gpt_jax.flops import count_flops
 from gpt_jax.hlo import Collective, read_program
@@ -81,6 +81,7 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     schedule = resolve_batch_schedule(
         config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
     )
+    order = BatchOrder(config.batch_size, schedule, config.data.skip)
     config = fill_in(config, vocabulary_of(config))
     if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):
         # cuDNN's kernels cannot be chosen without a GPU; these need about the memory that they do.
@@ -97,7 +98,7 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     spec = objective.batch_spec(config.batch_size, config.context_length)
     if config.data.doc_mask and "tokens" in spec:
         spec = spec | {name: spec["tokens"] for name in ("segment_ids", "positions")}
-    return config, make_step(config, objective, spec, mesh, schedule)
+    return config, make_step(config, objective, spec, mesh, order)
 
 
 def vocabulary_of(config: Config) -> int:

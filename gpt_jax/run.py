@@ -17,7 +17,7 @@ import jax
 from gpt_jax.checkpoint import find_checkpoint, restore, restore_frozen
 from gpt_jax.config import Config, resolve
 from gpt_jax.data import Data, Loader, prepare_data
-from gpt_jax.data.batches import resolve_batch_schedule
+from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
 from gpt_jax.errors import UserError, choose
 from gpt_jax.eval_step import build_eval_step, build_predict_step
@@ -36,14 +36,14 @@ class Run:
 
     Attributes:
       config: with vocab_size and max_positions filled in. data, objective, step: see their modules.
-      rows_at: rows in the batch of a step. tokens_at: tokens in all batches before a step.
+      order: rows of the batch of a step. tokens_at: tokens in the batches of all steps before a step.
     """
 
     config: Config
     data: Data
     objective: Objective
     step: TrainStep
-    rows_at: Callable[[int], int]
+    order: BatchOrder
     tokens_at: Callable[[Any], Any]
 
     def part(self, source: Any) -> Objective:
@@ -147,9 +147,9 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     if schedule:
         check_schedule(schedule, config.batch_size, config.microbatches)
         data = dataclasses.replace(data, train=RampedSource(data.train, config.microbatches))
-    step = make_step(config, objective, spec, mesh, schedule)
-    sizes, tokens_at = batch_sizes(schedule, config.batch_size), tokens_before(config, schedule)
-    run = Run(config, data, objective, step, sizes, tokens_at)
+    order = BatchOrder(config.batch_size, schedule, config.data.skip)
+    step = make_step(config, objective, spec, mesh, order)
+    run = Run(config, data, objective, step, order, tokens_before(config, order))
     if config.eval.tasks:
         from gpt_jax.evaluate import check_tasks
 
@@ -157,27 +157,27 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     return run
 
 
-def tokens_before(config: Config, schedule: Sequence[tuple[int, int]]) -> Callable[[Any], Any]:
-    """Returns step -> tokens in all batches before it."""
-    return lambda step: rows_before(step, schedule, config.batch_size) * config.context_length
+def tokens_before(config: Config, order: BatchOrder) -> Callable[[Any], Any]:
+    """Returns step -> tokens in the batches of all steps before it."""
+    return lambda step: rows_before(step, order) * config.context_length
 
 
 def make_step(
-    config: Config, objective: Objective, batch_spec: Any, mesh: Any, schedule: Sequence[tuple[int, int]] = ()
+    config: Config, objective: Objective, batch_spec: Any, mesh: Any, order: BatchOrder | None = None
 ) -> TrainStep:
     """Builds the optimizer and the train step of a config; nothing is compiled and no array made.
 
     Args:
       config: resolved, with vocab_size and max_positions filled in. objective: of the config.
       batch_spec: what the data delivers. mesh: of any devices, also those that only compile.
-      schedule: smaller batches at first, as `resolve_batch_schedule` returns it.
+      order: which batches are smaller, and which are skipped; None: all are alike.
     """
-    active = None
-    if schedule:
+    active, order = None, order or BatchOrder(config.batch_size)
+    if order.schedule:
         size = config.batch_size // config.microbatches
 
         def active(step: Any) -> Any:
-            return rows_at(step, schedule, config.batch_size) // size
+            return rows_at(step, order) // size
 
     o = config.optimizer
     rate = make_schedule(
@@ -188,7 +188,7 @@ def make_step(
         decay=o.decay,
         cooldown=o.cooldown,
         end_factor=o.end_factor,
-        tokens_at=tokens_before(config, schedule),
+        tokens_at=tokens_before(config, order),
     )
     adapting = config.model.lora_rank and config.model.lora_freeze
     optimizer = make_optimizer(
@@ -259,11 +259,6 @@ def following_init(config: Config, log: Callable[[str], None]) -> Config:
         tokenizer = dataclasses.replace(config.data.tokenizer, path=path, keep=0)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     return config
-
-
-def batch_sizes(schedule: Sequence[tuple[int, int]], batch_size: int) -> Callable[[int], int]:
-    """Returns step -> rows of its batch, on the host."""
-    return lambda step: next((sequences for until, sequences in schedule if step < until), batch_size)
 
 
 def fill_in(config: Config, vocab_size: int) -> Config:

@@ -132,7 +132,7 @@ def train(
                 if pending is not None:
                     report_row(*pending)
                     watch(*pending[:2], state)
-                done, tokens = index + 1, run.rows_at(index) * config.context_length
+                done, tokens = index + 1, run.order.rows_of_step(index) * config.context_length
                 pending = (done, metrics, tokens, loader.stall_seconds, dict(loader.perf))
                 last, settled = done == config.steps, done % run.segment == 0
                 stopping = settled and stop.agreed(done // run.segment)

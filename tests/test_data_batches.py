@@ -7,6 +7,7 @@ import pytest
 
 from gpt_jax.data.batches import BatchOrder, TrainSource, ValidText, pick, resolve_batch_schedule
 from gpt_jax.data.permutation import permute
+from gpt_jax.data.ramp import rows_at, rows_before
 from gpt_jax.data.rows import PieceRows, StreamRows, best_fit
 from gpt_jax.data.store import Split
 from gpt_jax.data.tokenizer import ByteTokenizer
@@ -94,6 +95,14 @@ def test_skipped_batches_are_jumped_over_and_the_rest_come_in_order():
     assert [skipping.batch_index(s) for s in range(len(left))] == left
     for step, index in enumerate(left):
         np.testing.assert_array_equal(skipping.rows(step, slice(None)), whole.rows(index, slice(None)))
+
+
+def test_the_step_counts_the_rows_that_the_source_delivers_also_where_batches_are_skipped():
+    order = BatchOrder(8, schedule=((4, 2), (9, 4)), skip=((6, 8), (2, 5), (20, 30)))
+    steps = np.arange(25)
+    rows = [len(order.rows(int(step), slice(None))) for step in steps]
+    assert rows_at(steps, order).tolist() == rows == [order.rows_of_step(int(step)) for step in steps]
+    assert [float(rows_before(step, order)) for step in steps] == np.cumsum([0, *rows])[:-1].tolist()
 
 
 @pytest.mark.parametrize("skip", [((5, 5),), ((-1, 3),), ((4, 2),), ((1, 2, 3),)])

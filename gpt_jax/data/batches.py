@@ -43,10 +43,15 @@ class BatchOrder:
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; it must be at least 1.")
 
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """The skipped ranges, in order and apart from each other."""
+        return _merged(self.skip)
+
     def batch_index(self, step: int) -> int:
         """Returns the index of the batch that a step reads: the step-th that is not skipped."""
         index = step
-        for start, stop in _merged(self.skip):
+        for start, stop in self.skipped:
             if index >= start:
                 index += stop - start
         return index
@@ -54,6 +59,10 @@ class BatchOrder:
     def rows_of_batch(self, index: int) -> int:
         """Returns the number of rows of a batch."""
         return next((rows for until, rows in self.schedule if index < until), self.batch_size)
+
+    def rows_of_step(self, step: int) -> int:
+        """Returns the number of rows of the batch that a step reads."""
+        return self.rows_of_batch(self.batch_index(step))
 
     def first_row(self, index: int) -> int:
         """Returns the first row of a batch: the sizes of those before it summed."""
@@ -154,7 +163,7 @@ class TrainSource:
 
     def batch_size(self, step: int) -> int:
         """Rows of the batch of a step."""
-        return self.order.rows_of_batch(self.order.batch_index(step))
+        return self.order.rows_of_step(step)
 
     def rows(self, step: int, rows: slice) -> Rows:
         """Returns rows [start:stop) of the global batch of a step, arrays [stop - start, T]."""

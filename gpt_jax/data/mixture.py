@@ -91,7 +91,7 @@ class MixtureSource:
         return batch_spec(self.order.batch_size, self.makers[0].arrays)
 
     def batch_size(self, step: int) -> int:
-        return self.order.rows_of_batch(self.order.batch_index(step))
+        return self.order.rows_of_step(step)
 
     def sources(self, step: int, rows: slice = slice(None)) -> np.ndarray:
         """Returns the number of the source of each row, int64 [n]."""

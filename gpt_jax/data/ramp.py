@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import UserError
 
 BatchSchedule = Sequence[tuple[int, int]]
@@ -29,22 +30,38 @@ def check_schedule(schedule: BatchSchedule, batch_size: int, microbatches: int) 
             )
 
 
-def rows_before(step: Array | int | float, schedule: BatchSchedule, batch_size: int) -> Array:
-    """Rows in all batches before `step` (float32): the schedule summed."""
-    step = jnp.asarray(step, jnp.float32)
-    total, start = jnp.zeros_like(step), 0
-    for until, sequences in schedule:
-        total += jnp.clip(step - start, 0, until - start) * sequences
-        start = until
-    return total + jnp.maximum(step - start, 0) * batch_size
+def rows_before(step: Array | int | float, order: BatchOrder) -> Array:
+    """Rows in the batches of all steps before `step` (float32): the schedule summed, skipped batches left out."""
+    index = _batch_index(jnp.asarray(step, jnp.float32), order)
+    skipped = sum(
+        (_rows_up_to(jnp.clip(index, a, b), order) - _rows_up_to(jnp.float32(a), order) for a, b in order.skipped),
+        start=jnp.zeros_like(index),
+    )
+    return _rows_up_to(index, order) - skipped
 
 
-def rows_at(step: Array, schedule: BatchSchedule, batch_size: int) -> Array:
+def rows_at(step: Array, order: BatchOrder) -> Array:
     """Rows in the batch of a step."""
-    size = jnp.full_like(step, batch_size)
-    for until, sequences in reversed(list(schedule)):
-        size = jnp.where(step < until, sequences, size)
+    index, size = _batch_index(step, order), jnp.full_like(step, order.batch_size)
+    for until, sequences in reversed(order.schedule):
+        size = jnp.where(index < until, sequences, size)
     return size
+
+
+def _batch_index(step: Array, order: BatchOrder) -> Array:
+    """`BatchOrder.batch_index` of a traced step."""
+    for start, stop in order.skipped:
+        step = jnp.where(step >= start, step + (stop - start), step)
+    return step
+
+
+def _rows_up_to(index: Array, order: BatchOrder) -> Array:
+    """`BatchOrder.first_row` of a traced index."""
+    total, start = jnp.zeros_like(index), 0
+    for until, sequences in order.schedule:
+        total += jnp.clip(index - start, 0, until - start) * sequences
+        start = until
+    return total + jnp.maximum(index - start, 0) * order.batch_size
 
 
 class RampedSource:
