@@ -84,7 +84,7 @@ class Validate:
         values = self.evaluate(params, step)
         if values:
             self.writer.add(step, values)
-            shown = [f"valid {values['valid/loss']:.4f}"]
+            shown = [f"valid {values['valid/loss']:.4f}"] if "valid/loss" in values else []
             shown += [f"bits/byte {values['valid/bits_per_byte']:.4f}"] if "valid/bits_per_byte" in values else []
             shown += [f"{name} {value:.4f}" for name, value in _parts(values)]
             self.console.show(f"step {step:05d} | {' | '.join(shown)} | {time.perf_counter() - started:.1f} s")

@@ -115,6 +115,17 @@ def group_of(name: str, groups: Groups) -> Mapping[str, Any]:
     return {}
 
 
+def check_form(groups: Any) -> None:
+    """Raises UserError unless groups are pairs of a regex and a table of settings."""
+    for group in groups:
+        if not (isinstance(group, list | tuple) and len(group) == 2 and isinstance(group[1], Mapping)):
+            raise UserError(f"optimizer.groups has {group!r}; each is (regex, {{'lr': 0.1}} or another setting).")
+        try:
+            re.compile(group[0])
+        except (re.error, TypeError) as error:
+            raise UserError(f"optimizer.groups has {group[0]!r}, which is no regex: {error}.") from None
+
+
 def check_groups(groups: Groups, names: Sequence[str]) -> None:
     """Raises UserError for a group with an unknown setting or that matches no parameter."""
     for regex, settings in groups:
@@ -122,6 +133,18 @@ def check_groups(groups: Groups, names: Sequence[str]) -> None:
             choose(f"a setting of the optimizer group {regex!r}", key, ("lr", "weight_decay", "frozen"))
         if not any(re.fullmatch(regex, name) for name in names):
             raise UserError(f"the optimizer group {regex!r} matches no parameter; they are {', '.join(names[:8])}, ...")
+
+
+def _frozen(groups: Groups) -> tuple[str, ...]:
+    """Regexes of the names whose first group is a frozen one."""
+    before: list[str] = []
+    out = []
+    for regex, settings in groups:
+        if settings.get("frozen"):
+            out.append(f"(?!(?:{'|'.join(before)})\\Z)(?:{regex})" if before else regex)
+        else:
+            before.append(f"(?:{regex})")
+    return tuple(out)
 
 
 def scale_by_group(groups: Groups) -> optax.GradientTransformation:
@@ -272,8 +295,9 @@ def make_optimizer(
         def schedule(count):
             return jnp.asarray(rate)
 
+    check_form(groups)
     kwargs = dict(kwargs or {})
-    frozen = tuple(regex for regex, settings in groups if settings.get("frozen"))
+    frozen = _frozen(groups)
     depth = (scale_by_depth(layer_decay, pattern_length),) if layer_decay < 1 else ()
     scaled = (scale_by_group(groups), *depth)
     tail = (decay_weights(weight_decay, groups), *scaled, optax.scale_by_learning_rate(schedule))

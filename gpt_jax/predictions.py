@@ -10,6 +10,7 @@ import numpy as np
 
 from gpt_jax.data import Loader
 from gpt_jax.objectives.base import Objective
+from gpt_jax.objectives.supervised import cut_prompt
 
 
 def score_task(
@@ -55,7 +56,7 @@ def generate_predictions(objective: Any, params: Any, encoded: Any, examples: li
 
     rows, tokenizer = encoded.format, encoded.tokenizer
     room = max(1, min(rows.max_new, encoded.length // 2))
-    prompts = [rows.prompt(example, tokenizer)[-(encoded.length - room) :] for example in examples]
+    prompts = [cut_prompt(rows.prompt(example, tokenizer), encoded.length - room) for example in examples]
     new = generate(
         objective.model,
         params["model"],

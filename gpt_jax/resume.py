@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import optax
 
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.checkpoint_folder import DoesNotFit
+from gpt_jax.data.batches import BatchOrder
+from gpt_jax.errors import UserError
 
 
 def continued_state(
@@ -48,7 +50,10 @@ def continued_state(
             return checkpointer.restore(step, abstract_state)
         except DoesNotFit:
             pass
-    state, done = checkpointer.restore_some(step, fresh_state(), only="^(step|params|ema|skipped)($|/)")
+    kept = "step|params|ema|skipped"
+    if {key for key in changed if key.startswith("optimizer.")} == {"optimizer.ema"}:
+        kept += "|opt_state"  # of the same optimizer: the average alone is turned on or off
+    state, done = checkpointer.restore_some(step, fresh_state(), only=f"^({kept})($|/)")
     afresh = [name for name in done.initialised if name.startswith(("opt_state", "ema"))]
     if len(afresh) < len(done.initialised):  # parameters too: say which
         return checkpointer.restore(step, abstract_state)
@@ -59,6 +64,25 @@ def continued_state(
         state = dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.params))
     log(f"the optimizer changed: {' and '.join(parts)} at step {step} is not used, the new one starts afresh")
     return state
+
+
+def check_skip(changes: Mapping[str, Sequence[Any]], order: BatchOrder, step: int) -> None:
+    """Raises UserError if another `data.skip` would change which batches the steps so far have read.
+
+    Args:
+      changes: {key: (old value, new value)}. order: of the run as it is to go on. step: where it goes on.
+    """
+    if "data.skip" not in changes:
+        return
+    old, new = (dataclasses.replace(order, skip=tuple(map(tuple, skip))) for skip in changes["data.skip"])
+    read = old.batch_index(step)
+    if [range(a, min(b, read)) for a, b in old.skipped if a < read] != [
+        range(a, min(b, read)) for a, b in new.skipped if a < read
+    ]:
+        raise UserError(
+            f"data.skip is now {new.skip}, was {old.skip}, and the batches before {read} are behind the run, at step "
+            f"{step}: what is skipped there cannot change."
+        )
 
 
 def _at_step(opt_state: Any, step: int) -> Any:

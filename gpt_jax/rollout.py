@@ -21,6 +21,7 @@ from gpt_jax.data.permutation import mix, permute
 from gpt_jax.errors import UserError
 from gpt_jax.eval_step import build_predict_step
 from gpt_jax.generation import stream_batch
+from gpt_jax.objectives.supervised import cut_prompt
 from gpt_jax.rewards import make_rewards
 from gpt_jax.sampling import Sampling
 from gpt_jax.step import TrainStep
@@ -157,7 +158,7 @@ class RolloutSource:
     def prompt(self, maker: Any, example: Any) -> list[int]:
         """Ids of a prompt, cut on its left to leave room for the answer in the row."""
         room = self.makers[0].length + 1 - min(self.objective.max_new, maker.length // 2)
-        return maker.format.prompt(example, self.tokenizer)[-room:]
+        return cut_prompt(maker.format.prompt(example, self.tokenizer), room)
 
     def draw(self, params: Any, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Answers:
         """Draws an answer to each prompt under its own seed."""

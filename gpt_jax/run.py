@@ -198,7 +198,7 @@ def make_step(
         b2=o.b2,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        groups=(*o.groups, *([(LORA_BASE, {"frozen": True})] if adapting else [])),
+        groups=(*([(LORA_BASE, {"frozen": True})] if adapting else []), *o.groups),
         layer_decay=o.layer_decay,
         pattern_length=len(config.model.pattern),
         kwargs=o.kwargs,

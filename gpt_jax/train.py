@@ -23,13 +23,13 @@ from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all, evaluators_of
 from gpt_jax.forensics.spikes import Watch
-from gpt_jax.metrics import MetricsWriter, open_wandb
+from gpt_jax.metrics import MetricsWriter, open_wandb, read_rows
 from gpt_jax.model.config import count_parameters
 from gpt_jax.profiling import Trace
 from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
-from gpt_jax.resume import continued_state
+from gpt_jax.resume import check_skip, continued_state
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.sharding import path_name
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
@@ -76,6 +76,7 @@ def train(
             )
         )
         state, start = first_state(run, checkpointer, changes, log)
+        check_skip(changes, run.order, start)
         record_start(run, directory, start, changes)
         writer = MetricsWriter(
             directory.metrics_path,
@@ -155,10 +156,11 @@ def train(
                     break
             if pending is not None:
                 report_row(*pending)
-        ended = start == done == config.steps
-        if ended and distributed.decide(directory.read_json("evaluation.json") is None):
-            with clock.pause():  # an error took it from a run that had come to its end
-                values = validate.evaluate(state.eval_params(config.eval.weights), done)
+        if start == done == config.steps:  # nothing was left to train
+            values = last_validation(directory, done)
+            if distributed.decide(not values):  # an error took it from the run
+                with clock.pause():
+                    values = validate.evaluate(state.eval_params(config.eval.weights), done)
         checkpointer.wait()
         writer.flush()
         summary = finish(run, directory, done, values, start, stop.requested, time.monotonic() - started, log)
@@ -180,6 +182,13 @@ def saved_if_it_fails(save: Callable[[], None] | None, log: Callable[[str], None
             except UserError as another:
                 log(f"not saved before the error that follows: {another}")
         raise
+
+
+def last_validation(directory: Workdir, step: int) -> dict[str, float]:
+    """What the row of a step says of validation, or {}."""
+    rows = read_rows(directory.metrics_path) if directory.metrics_path.exists() else []
+    row = rows[-1] if rows and rows[-1]["step"] == step else {}
+    return {name: value for name, value in row.items() if name.startswith(("valid/", "tasks/"))}
 
 
 def settle_config(config: Config, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:

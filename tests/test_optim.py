@@ -10,6 +10,7 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule, parse_length
+from gpt_jax.train_state import split
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,14 @@ def test_the_first_matching_group_sets_rate_and_decay():
     np.testing.assert_allclose(bias(decay), -0.01 * bias(params["model"]), rtol=1e-6)
 
 
+def test_the_first_matching_group_also_says_what_is_frozen():
+    groups = ((".*bias", {}), ("model/h/.*", {"lr": 0.1}), (".*", {"frozen": True}), (".*kernel", {"frozen": True}))
+    params = {"model": {"h": {"kernel": 1}, "bias": 2, "kernel": 3, "bias_like": 4}}
+    trained, frozen = split(params, make_optimizer(groups=groups).frozen)
+    assert trained == {"model": {"h": {"kernel": 1}, "bias": 2, "kernel": None, "bias_like": None}}
+    assert frozen == {"model": {"h": {"kernel": None}, "bias": None, "kernel": 3, "bias_like": 4}}
+
+
 def test_layers_at_rate_zero_stay_bit_for_bit():
     groups = ((r"model/layers/.*", {"lr": (0.0, 1.0, 0.0)}),)
     params, grads = tree(), [tree(seed=s) for s in (1, 2)]
@@ -212,6 +221,12 @@ def test_each_layer_learns_at_a_fixed_part_of_the_rate_of_the_one_above(name):
 def test_a_layer_decay_out_of_range_is_refused(decay):
     with pytest.raises(UserError, match=f"optimizer.layer_decay is {decay}; it must be above 0 and at most 1"):
         make_optimizer("adamw", 0.01, layer_decay=decay)
+
+
+@pytest.mark.parametrize("groups", [(("(", {}),), ((".*", 2),), (".*",), ((3, {}),), ((".*", {}, {}),)])
+def test_groups_of_another_form_are_refused(groups):
+    with pytest.raises(UserError, match=r"optimizer\.groups has"):
+        make_optimizer(groups=groups)
 
 
 def test_groups_that_make_no_sense_are_refused():

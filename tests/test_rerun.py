@@ -121,14 +121,15 @@ def test_a_step_trips_by_its_z_score_or_by_what_is_not_finite(tmp_path):
         for step in range(1, 101):
             values = {"loss": 3 + 0.1 * rng.normal(), "grad_norm": 1 + 0.1 * rng.normal()}
             writer.add(step, {f"train/{name}": value for name, value in values.items()})
-            assert watch.why(values) == {}
+            assert watch.why(step, values) == {}
         writer.add(101, {"train/loss": 9.0, "train/grad_norm": 1.0})
-        why = watch.why({"loss": 9.0, "grad_norm": 1.0})
+        why = watch.why(101, {"loss": 9.0, "grad_norm": 1.0})
         assert list(why) == ["loss"] and why["loss"] > 6
+        assert watch.why(102, {"loss": 9.0, "grad_norm": 1.0}) == {}  # a step that wrote no row has no score
         writer.add(102, {"train/loss": 3.0, "train/grad_norm": float("nan")})
-        assert watch.why({"loss": 3.0, "grad_norm": float("nan")}) == {"grad_norm": "not finite"}
+        assert watch.why(102, {"loss": 3.0, "grad_norm": float("nan")}) == {"grad_norm": "not finite"}
         watch.count = watch.most
-        assert watch.why({"loss": 3.0, "grad_norm": float("nan")}) == {}
+        assert watch.why(102, {"loss": 3.0, "grad_norm": float("nan")}) == {}
 
 
 def test_a_look_that_fails_ends_no_run(tmp_path):

@@ -1,5 +1,6 @@
 """`gpt-jax train` continued after kills, on other devices, with changes. At length: scripts/stress_resume.py."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -21,9 +22,10 @@ from helpers import load_script
 from gpt_jax.ablation.cells import final_values
 from gpt_jax.checkpoint import Checkpointer, list_steps
 from gpt_jax.config import resolve
+from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import read_rows
-from gpt_jax.resume import continued_state
+from gpt_jax.resume import check_skip, continued_state
 from gpt_jax.train_state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -103,7 +105,8 @@ def test_another_optimizer_of_the_same_form_starts_afresh_too(saver):
 def test_an_average_turned_on_starts_at_the_weights(saver):
     state, lines = continue_with(saver, make_state(adam(), 0, ema=True), {"optimizer.ema": [0.0, 0.9]})
     assert_equal(state.ema, make_state(adam(), 7).params)
-    assert "its average of the weights" in lines[0]
+    assert_equal(state.opt_state, make_state(adam(), 7).opt_state)
+    assert "its average of the weights at step 7" in lines[0]
 
 
 def test_parameters_that_do_not_fit_are_an_error_whatever_changed(saver):
@@ -114,6 +117,26 @@ def test_parameters_that_do_not_fit_are_an_error_whatever_changed(saver):
             continue_with(saver, wrong, changed)
     with pytest.raises(UserError, match="does not fit"):
         continue_with(saver, make_state(momentum(), 0), {"data.skip": []})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "step", "allowed"),
+    [
+        ([], [[70, 75]], 60, True),
+        ([], [[60, 75]], 60, True),
+        ([[40, 50]], [[40, 55]], 40, True),  # step 40 is about to read batch 50
+        ([[40, 50]], [[40, 45], [44, 50], [80, 90]], 60, True),
+        ([], [[10, 20]], 60, False),
+        ([], [[55, 75]], 60, False),
+        ([[10, 20]], [], 60, False),
+        ([[40, 50]], [[40, 45]], 60, False),
+    ],
+)
+def test_what_is_skipped_can_only_change_ahead_of_the_run(old, new, step, allowed):
+    order = BatchOrder(4, skip=tuple(map(tuple, new)))
+    with contextlib.nullcontext() if allowed else pytest.raises(UserError, match=r"data\.skip is now"):
+        check_skip({"data.skip": [old, new]}, order, step)
+    check_skip({"data.seed": [0, 1]}, order, step)
 
 
 # ---- the command
@@ -323,3 +346,9 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert evaluation["loss"] == done["valid/loss"] == final_values(tmp_path / "run", 5)["valid/loss"]
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+    whole = module.train(resolve(tree), str(tmp_path / "whole"), log=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate_all", fails)  # a run that has ended knows what it was worth
+        again = module.train(resolve(tree), str(tmp_path / "whole"), log=said.append)
+    assert again["valid/loss"] == whole["valid/loss"] and again["valid/bits_per_byte"] == whole["valid/bits_per_byte"]

@@ -153,11 +153,14 @@ class Watch:
     count: int = 0
     examine: Callable[[Any, Any, int], dict[str, Any]] | None = None
 
-    def why(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Why the row last written trips: {"loss": z, "grad_norm": z}, "not finite" for z; {} if it does not."""
+    def why(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Why a step trips: {"loss": z, "grad_norm": z}, "not finite" for z; {} if it does not.
+
+        A step that wrote no row (log.every_steps) has no z.
+        """
         out: dict[str, Any] = {}
         for name in ("loss", "grad_norm") if self.threshold and self.count < self.most else ():
-            score = self.writer.zscore(f"train/{name}")
+            score = self.writer.zscore(f"train/{name}") if self.writer.last_step == step else None
             if not math.isfinite(float(metrics[name])):
                 out[name] = "not finite"
             elif score is not None and score > self.threshold:
@@ -166,7 +169,7 @@ class Watch:
 
     def __call__(self, step: int, metrics: Mapping[str, Any], state: Any) -> None:
         """Saves spikes/step_N.json if step `step` (counted from 1), just logged, trips; `state` is the newest."""
-        why = self.why(metrics)
+        why = self.why(step, metrics)
         if not why:
             return
         self.count += 1

@@ -29,6 +29,11 @@ from gpt_jax.options import option
 MASKS = ("causal", "prefix")
 
 
+def cut_prompt(prompt: list[int], room: int) -> list[int]:
+    """Cuts a prompt to `room` tokens, at least 1: its beginning goes, but for the EOT, in training and generation."""
+    return prompt if len(prompt) <= room else [*prompt[:1], *prompt[len(prompt) - room + 1 :]]
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptRows:
     """Rows of prompts and targets (an ExampleRows).
@@ -69,8 +74,7 @@ class PromptRows:
         first = len(prompt)
         target = target[: max(self.length + 1 - len(prompt), (self.length + 1) // 2)]
         room = self.length + 1 - len(target)
-        if len(prompt) > room:
-            prompt = [*prompt[:1], *prompt[len(prompt) - room + 1 :]]
+        prompt = cut_prompt(prompt, room)
         kept = np.concatenate([wanted[:1], wanted[first - len(prompt) + 1 : first + len(target)]])
         ids = np.array([*prompt, *target], np.int32)
         predicted = kept[1:]
