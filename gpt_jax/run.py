@@ -234,11 +234,17 @@ OWN_MODEL_KEYS = re.compile(
 ROPE_KEYS = ("rope_scaling", "rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_context")
 
 
+def _run_of(source: str) -> str:
+    """The run directory of a run, of its folder of checkpoints or of one checkpoint; "" where there is none."""
+    run = re.sub(r"/checkpoints(/\d+)?/*$", "", source)
+    return run if (run_folder(run, "init.from") / "config.json").exists() else ""
+
+
 def following_init(config: Config, log: Callable[[str], None]) -> Config:
     """A run that starts from another's weights has its model's shape (unless init.model is False) and its tokenizer
     (unless data.tokenizer.path names one)."""
-    source = config.init.source
-    if not source or not (run_folder(source, "init.from") / "config.json").exists():
+    source = _run_of(config.init.source) if config.init.source else ""
+    if not source:
         return config
     if config.init.model:
         theirs = dataclasses.asdict(resolve(saved_config(source)).model)

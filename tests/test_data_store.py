@@ -107,6 +107,18 @@ def test_interrupted_build_goes_on_to_the_same_bytes(tmp_path, torn):
     assert contents(out) == contents(whole) and not partial.exists()
 
 
+def test_a_build_killed_while_it_ends_can_be_finished(tmp_path):
+    """Between the manifest and the end of the journal, and inside the writing of the manifest."""
+    whole = build_store(documents(), TOKENIZER, tmp_path / "whole", chunk_size=500).path
+    with pytest.raises(Crash):
+        build_store(crashing(documents(), 150), TOKENIZER, tmp_path / "s", chunk_size=500)
+    (tmp_path / "s.partial" / "manifest.json").write_text("{}")
+    (tmp_path / "s.partial" / ".manifest.json.1234.tmp").write_text("{")
+    build_store(documents(), TOKENIZER, tmp_path / "s", chunk_size=500)
+    assert contents(tmp_path / "s") == contents(whole)
+    open_store(tmp_path / "s", TOKENIZER)
+
+
 def test_journal_that_promises_more_than_the_files_hold_is_believed_only_as_far_as_they_go(tmp_path):
     whole = build_store(documents(), TOKENIZER, tmp_path / "whole", chunk_size=500).path
     with pytest.raises(Crash):
@@ -267,7 +279,7 @@ def store(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "train.starts", "valid.bytes", "tokenizer/tokenizer_config.json"])
-def test_damaged_file_is_named(store, name):
+def test_damaged_file_is_named(store, name, monkeypatch):
     path = store.path / name
     data = path.read_bytes()
     path.write_bytes(data[:-1])
@@ -277,9 +289,12 @@ def test_damaged_file_is_named(store, name):
     with pytest.raises(UserError, match=rf"damaged: .*{name} is missing"):
         open_store(store.path)
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    open_store(store.path)  # sizes alone cannot tell
-    with pytest.raises(UserError, match=rf"damaged: the checksum of .*{name} differs") as error:
-        open_store(store.path, verify=True)
+    for verify in (None, True):  # a small store's are always compared
+        with pytest.raises(UserError, match=rf"damaged: the checksum of .*{name} differs") as error:
+            open_store(store.path, verify=verify)
+    open_store(store.path, verify=False)  # sizes alone cannot tell
+    monkeypatch.setattr("gpt_jax.data.store._VERIFIED", 10)
+    open_store(store.path)
     assert "\n" not in str(error.value)
     path.write_bytes(data)
     open_store(store.path, TOKENIZER, verify=True)

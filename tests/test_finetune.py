@@ -80,9 +80,10 @@ def test_a_config_may_keep_its_own_shape_and_tokenizer(tmp_path):
     (source / "config.json").write_text(json.dumps({"model": {"num_layers": 3, "dropout": 0.5, "remat": "full"}}))
     given = config(init={"from": str(source), "model": False}, data={"tokenizer": {"path": "mine"}})
     assert following_init(given, quiet) == given
-    followed = following_init(config(init={"from": str(source)}), quiet)
-    assert followed.model.num_layers == 3 and followed.model.dropout == 0.0 and followed.model.remat == "none"
-    assert followed.data.tokenizer.path == str(source / "tokenizer")
+    for path in (source, source / "checkpoints", source / "checkpoints" / "40"):  # or one checkpoint of it
+        followed = following_init(config(init={"from": str(path)}), quiet)
+        assert followed.model.num_layers == 3 and followed.model.dropout == 0.0 and followed.model.remat == "none"
+        assert followed.data.tokenizer.path == str(source / "tokenizer")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from gpt_jax.data.store import ARRAYS, FORMAT, MANIFEST, SPLITS, Store, open_sto
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.data.worker import Worker, encode_chunk
 from gpt_jax.errors import UserError
-from gpt_jax.files import atomic_write, explain_no_space, fsync_folder
+from gpt_jax.files import atomic_write, clean_leftovers, explain_no_space, fsync_folder
 
 CHUNK_SIZE = 1 << 21
 # Below this a build is over before worker processes have started.
@@ -184,6 +184,8 @@ class _Writer:
             folder.mkdir(parents=True)
         else:
             self.chunks, self.totals = last["chunks"], last["totals"]
+            clean_leftovers(folder)
+            (folder / MANIFEST).unlink(missing_ok=True)  # killed between the manifest and the end of the journal
         self._files = {}
         self._journal = None
 

@@ -27,6 +27,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.remote import Remote, fetch_file, is_url
 
 MANIFEST = "manifest.json"
+_VERIFIED = 64 << 20  # bytes of a store whose checksums are compared whenever it is opened: a tenth of a second
 FORMAT = 1
 SPLITS = ("train", "valid")
 ARRAYS = {"tokens": None, "starts": "<u8", "bytes": "<u8"}  # dtype of tokens: the manifest's
@@ -138,13 +139,13 @@ def open_array(path: pathlib.Path, dtype: str, size: int) -> np.ndarray:
     return np.memmap(path, dtype, "r", shape=(size,)) if size else np.empty(0, dtype)
 
 
-def open_store(path: str | pathlib.Path, tokenizer: Tokenizer | None = None, verify: bool = False) -> Store:
+def open_store(path: str | pathlib.Path, tokenizer: Tokenizer | None = None, verify: bool | None = None) -> Store:
     """Opens a token store.
 
     Args:
       path: its folder, or its URL in an object store, of which a copy is made in the cache.
       tokenizer: if given, it must be the one that made the store.
-      verify: also compare every file's checksum (reads the whole store).
+      verify: also compare every file's checksum (reads the whole store). None: of a store of at most 64 MB.
 
     Raises:
       UserError: no store there, another tokenizer's, or damaged (naming the file).
@@ -164,6 +165,8 @@ def open_store(path: str | pathlib.Path, tokenizer: Tokenizer | None = None, ver
             f"the token store {path} was made with another tokenizer ({manifest['tokenizer_kind']}, "
             f"{manifest['tokenizer'][:12]}), not with this one ({tokenizer.kind}, {tokenizer.hash[:12]})."
         )
+    if verify is None:
+        verify = sum(entry["size"] for entry in files.values()) <= _VERIFIED
     for name, entry in files.items():
         file = path / name
         open_array(file, "u1", entry["size"])
