@@ -221,6 +221,13 @@ class Config:
             value = getattr(getattr(self, group), name)
             if value < least:
                 raise UserError(f"{group}.{name} is {value}; it must be at least {least}.")
+        if self.optimizer.clip_norm < 0:
+            raise UserError(f"optimizer.clip_norm is {self.optimizer.clip_norm}; it must be above 0, or 0 (off).")
+        if not 0 <= self.optimizer.ema < 1:
+            raise UserError(f"optimizer.ema is {self.optimizer.ema}; it must be at least 0 (off) and below 1.")
+        for pair in self.batch_schedule:
+            if not isinstance(pair, tuple) or len(pair) != 2 or type(pair[1]) is not int:
+                raise UserError(f"batch_schedule has {pair!r}; each is (until, sequences), like ('375Mtok', 32).")
         for pair in self.data.skip:
             whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(end) is int for end in pair)
             if not whole or not 0 <= pair[0] < pair[1]:

@@ -139,6 +139,10 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
                 kind, note = FREE, _schedule_note(after)
             if key in _SAME_PARAMETERS and _SAME_PARAMETERS[key](a, b):
                 kind, note = NUMERICS, ""
+            if key in ("model.attention", "model.query_block") and after.get("model.dropout"):
+                kind, note = NUMERICS, "other draws of dropout"
+            if key == "microbatches" and after.get("batch_schedule"):
+                kind, note = NUMERICS, "rows of smaller batches lie elsewhere, with other draws"
             learned = after.get("model.positions") == "learned"
             if key == "context_length" and learned and not after.get("model.max_positions"):
                 kind, note = IMPOSSIBLE, "the number of learned positions"

@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
+    for name in ("max_batches", "max_generated", "limit", "shots"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0.")
     if args.generation and (args.tasks or args.harness_tasks):
         raise UserError("--generation and --tasks are two evaluations: run one after the other.")
     if args.generation:

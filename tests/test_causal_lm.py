@@ -12,6 +12,7 @@ from helpers import assert_trees_equal, params_of, relative, text_batch, tiny
 
 from gpt_jax.errors import UserError
 from gpt_jax.model import Mask, Transformer
+from gpt_jax.objectives.base import check_spec
 from gpt_jax.objectives.causal_lm import CausalLM, sample_weights
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh
@@ -320,3 +321,20 @@ def test_dropout_is_on_in_training_only():
     assert float(evaluation) == pytest.approx(expected, rel=1e-5)
     assert abs(float(training) - expected) > 0.01 * expected
     np.testing.assert_allclose(nll, token_nll(False), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": "high"}, "objective.label_smoothing is 'high'; it takes a number"),
+        ({"alpha_warmup_steps": 2.5}, "objective.alpha_warmup_steps is 2.5; it takes a whole number"),
+        ({"alpha": True}, "objective.alpha is True; it takes a number"),
+        ({"reweight": 3}, "objective.reweight is 3; it takes text"),
+        ({"name": 5}, "objective.name is 5; it is a name or an import path"),
+    ],
+)
+def test_an_option_of_another_type_is_one_sentence(options, message):
+    with pytest.raises(UserError) as caught:
+        check_spec({"name": "causal_lm", **options})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    check_spec({"name": "causal_lm", "label_smoothing": 0, "alpha": 1})  # whole numbers are numbers

@@ -107,6 +107,9 @@ def test_a_mistake_in_a_file_is_one_sentence_with_the_closest_name(config_file, 
         ("log.every_steps", "0", "log.every_steps is 0; it must be at least 1"),
         ("data.skip", "[(50, 40)]", "data.skip has (50, 40); it is a list of ranges"),
         ("data.skip", "(40, 50)", "data.skip has 40; it is a list of ranges"),
+        ("optimizer.clip_norm", "-1", "optimizer.clip_norm is -1.0; it must be above 0, or 0 (off)"),
+        ("optimizer.ema", "1", "optimizer.ema is 1.0; it must be at least 0 (off) and below 1"),
+        ("batch_schedule", "(('10%','8'),)", "batch_schedule has ('10%', '8'); each is (until, sequences)"),
     ],
 )
 def test_a_mistyped_override_is_one_sentence(key, text, message):
@@ -231,6 +234,8 @@ def test_every_line_of_the_table_is_about_a_key_that_exists():
         (FREE, {"data__prefetch": 7, "data__workers": 1}),
         (FREE, {"steps": 2000}),
         (FREE, {"model__remat": "full", "model__unroll": 1, "model__attention": "dense"}),
+        (NUMERICS, {"model__dropout": 0.1, "model__attention": "chunks", "model__query_block": 64}),  # other draws
+        (NUMERICS, {"microbatches": 2, "batch_schedule": "[('10', 16)]"}),
         (FREE, {"name": "other"}),
         (NUMERICS, {"optimizer__learning_rate": 1e-4}),
         (NUMERICS, {"optimizer__name": "muon"}),

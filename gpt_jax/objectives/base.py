@@ -196,8 +196,13 @@ def option_fields(cls: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}
 
 
+# What an option's annotation takes; others are left to the objective.
+_PLAIN = {"str": (str, "text"), "bool": (bool, "True or False"), "int": (int, "a whole number")}
+_PLAIN |= {"float": (int | float, "a number")}
+
+
 def check_options(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `options` if all are known; raises UserError naming the closest otherwise."""
+    """Returns `options` if all are known and of their type; raises UserError otherwise, naming the closest."""
     known = option_fields(cls) if dataclasses.is_dataclass(cls) else {}
     for key in options:
         if key not in known:
@@ -205,6 +210,9 @@ def check_options(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
                 f"unknown config key 'objective.{key}'{nearest(key, known)}; "
                 f"{cls.__name__} takes: {', '.join(known) or 'no options'}."
             )
+        kind, said = _PLAIN.get(known[key].type, (object, ""))
+        if not isinstance(options[key], kind) or (kind is not bool and said and isinstance(options[key], bool)):
+            raise UserError(f"objective.{key} is {options[key]!r}; it takes {said}.")
     return dict(options)
 
 
@@ -229,6 +237,8 @@ def describe_options(spec: Mapping[str, Any]) -> str:
 
 def objective_class(name: str) -> type[Objective]:
     """Returns the class of a registered name or an import path."""
+    if not isinstance(name, str):
+        raise UserError(f"objective.name is {name!r}; it is a name or an import path (package.module:Class).")
     if ":" in name:
         return import_path(name)
     if name not in REGISTRY:
