@@ -16,6 +16,7 @@ from gpt_jax.config import Config, resolve
 from gpt_jax.data import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError, choose
 from gpt_jax.model import Transformer
+from gpt_jax.objectives.base import bidirectional_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Loaded:
     config: Config
     step: int
     all_params: Any
+
+    @property
+    def bidirectional_prompt(self) -> bool:
+        """Whether the tokens of a prompt see each other, as in the run's training: the argument of `generate`."""
+        return bidirectional_prompt(self.config.objective)
 
 
 def load(path: str | os.PathLike, *, step: int | None = None, weights: str = "auto") -> Loaded:

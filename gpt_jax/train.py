@@ -25,6 +25,7 @@ from gpt_jax.evaluate import evaluate_all, evaluators_of
 from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb, read_rows
 from gpt_jax.model.config import count_parameters
+from gpt_jax.objectives.base import bidirectional_prompt
 from gpt_jax.profiling import Trace
 from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
@@ -329,6 +330,7 @@ def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:
             top_k=settings.top_k,
             top_p=settings.top_p,
             seed=run.config.seed,
+            bidirectional_prompt=bidirectional_prompt(run.config.objective),
         )
         return list(zip(settings.prompts, texts, strict=True))
 

@@ -190,6 +190,15 @@ def test_few_documents_are_split_by_the_tail_and_it_is_said():
         split(["a"], "tail", 0.5)
 
 
+def test_a_corpus_of_which_the_hash_holds_out_no_document_has_its_tail_held_out():
+    texts = [text for text in (f"document number {i}" for i in range(200)) if not held_out(text, 0.05)][:60]
+    items, lines = [(str(i), text) for i, text in enumerate(texts)], []
+    parts = list(splitter(lambda: iter(items), iter(items), "document", 0.05, lines.append))
+    valid = "".join(text for split, text in parts if split == "valid")
+    assert len(valid) == pytest.approx(0.05 * sum(map(len, texts)), abs=1) and len(lines) == 1
+    assert "".join(text for _, text in parts) == "".join(texts)
+
+
 # -- mixtures ------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from gpt_jax.data.task_rows import EncodedTask
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model import Mask, Transformer
-from gpt_jax.objectives.base import Host
+from gpt_jax.objectives.base import Host, bidirectional_prompt
 from gpt_jax.objectives.supervised import Supervised
 from gpt_jax.predictions import generate_predictions
 from gpt_jax.testing import check_objective
@@ -108,3 +108,17 @@ def test_supervised_keeps_the_contract(mask):
     batch = batch_of(rows_of(mask), toy_tasks.reverse(train=60), count=8)
     batch.pop("task")
     check_objective(Supervised(Transformer(config), mask=mask), batch)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"name": "supervised", "mask": "prefix"}, True),
+        ({"name": "supervised"}, False),
+        ({"name": "denoising"}, True),  # its default
+        ({"name": "denoising", "mask": "causal"}, False),
+        ({"name": "causal_lm"}, False),
+    ],
+)
+def test_a_spec_tells_whether_prompts_are_read_in_both_directions(spec, expected):
+    assert bidirectional_prompt(spec) is expected

@@ -30,8 +30,8 @@ def splitter(
     Args:
       documents: gives the documents again, for what must be known before the first is yielded.
       stream: the same documents.
-      split: 'document' holds out whole documents by hash; a corpus of fewer than 2 / fraction of them is split by
-        'tail', and says so. 'tail' holds out the last part of the text: the first int(characters * (1 - fraction)) are
+      split: 'document' holds out whole documents by hash; a corpus of fewer than 2 / fraction of them, or of which
+        the hash holds out none, is split by 'tail', and says so. 'tail' holds out the last part of the text: the first int(characters * (1 - fraction)) are
         training text, and a document that lies across is cut.
       fraction: held out; 0 holds out nothing.
       say: takes a line for people.
@@ -42,8 +42,12 @@ def splitter(
         return
     if split == "document":
         needed = int(_FEWEST / fraction)
-        count = sum(1 for _, _ in zip(range(needed), documents(), strict=False))
-        if count >= needed:
+        count, some = 0, False
+        for _, text in documents():
+            count, some = count + 1, some or held_out(text, fraction)
+            if count >= needed and some:
+                break
+        if count >= needed and some:
             for _, text in stream:
                 yield "valid" if held_out(text, fraction) else "train", text
             return

@@ -225,6 +225,13 @@ def check_spec(spec: Mapping[str, Any]) -> type[Objective]:
     return cls
 
 
+def bidirectional_prompt(spec: Mapping[str, Any]) -> bool:
+    """Tells whether an objective trains its model to see all of a prompt at once: under a prefix mask."""
+    cls = check_spec(spec)
+    field = option_fields(cls).get("mask") if dataclasses.is_dataclass(cls) else None
+    return field is not None and spec.get("mask", field.default) == "prefix"
+
+
 def describe_options(spec: Mapping[str, Any]) -> str:
     """Returns a line per option of an objective: its key, its value and its meaning (`--print-config`)."""
     cls = check_spec(spec)
