@@ -306,7 +306,9 @@ def make_optimizer(
     elif name == "adafactor":
         tx = optax.chain(scale_by_factored_rms(**kwargs), clip_by_layer_rms(1.0), *tail)
     elif name == "muon":
-        options = dict(adam_b1=b1, adam_b2=b2, adam_eps_root=0.0, weight_decay=0.0, adam_weight_decay=0.0) | kwargs
+        options = (
+            dict(eps=eps, adam_b1=b1, adam_b2=b2, adam_eps_root=0.0, weight_decay=0.0, adam_weight_decay=0.0) | kwargs
+        )
         inner = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_dimensions, **options)
         tx = optax.chain(inner, optax.scale(-1.0), *tail)
     elif ":" in name:

@@ -293,6 +293,14 @@ def test_muon_leaves_embeddings_biases_and_norms_to_adam():
     np.testing.assert_allclose(bias(muon), bias(adam), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_epsilon_reaches_the_optimizer(name):
+    params, grads = {"b": jnp.ones(3)}, {"b": jnp.full(3, 1e-4)}
+    tx = make_optimizer(name, 1.0, eps=1.0, weight_decay=0.0)
+    updates, _ = tx.tx.update(grads, tx.tx.init(params), params)
+    assert float(jnp.abs(updates["b"]).max()) < 1e-3  # g / (g + 1), not g / g
+
+
 def test_adafactor_keeps_a_row_and_a_column_per_layer_also_where_heads_are_small():
     params = {"model": {"layers": {"b": {"attention": {"qkv": {"kernel": jnp.zeros((3, 128, 3, 4, 16))}}}}}}
     state = make_optimizer("adafactor", 0.1).tx.init(params)

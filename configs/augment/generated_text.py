@@ -45,6 +45,6 @@ def get_ablation():
             "real and generated, reweighted by excess": {**mixed, **excess},
         },
         metrics=("valid/bits_per_byte",),
-        reading="Validation is on real text in every arm. One generator of the same size, trained for the same steps on "
-        "the same real text, wrote all generated text; seeds differ in initial weights and order.",
+        reading="Validation is on real text in every arm. One generator of the same size, trained as long on the same "
+        "real text, wrote all generated text; seeds differ in initial weights and order.",
     )
