@@ -30,9 +30,9 @@ def splitter(
     Args:
       documents: gives the documents again, for what must be known before the first is yielded.
       stream: the same documents.
-      split: 'document' holds out whole documents by hash; a corpus of fewer than 2 / fraction of them, or of which
-        the hash holds out none, is split by 'tail', and says so. 'tail' holds out the last part of the text: the first int(characters * (1 - fraction)) are
-        training text, and a document that lies across is cut.
+      split: 'document' holds out whole documents by hash; a corpus of fewer than 2 / fraction of them, or of which the
+        hash holds out none, is split by 'tail', and says so. 'tail' holds out the last part of the text: the first
+        int(characters * (1 - fraction)) are training text, and a document that lies across is cut.
       fraction: held out; 0 holds out nothing.
       say: takes a line for people.
     """
