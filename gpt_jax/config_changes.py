@@ -46,6 +46,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("model.head_dims", IMPOSSIBLE, "the heads"),
     ("model.d_ff", IMPOSSIBLE, "the width of the feed-forward layer"),
     ("model.max_positions", IMPOSSIBLE, "the number of positions"),
+    ("model.block", IMPOSSIBLE, "the parameters of the blocks"),
     ("model.ffn", IMPOSSIBLE, "the parameters of the feed-forward layer"),
     ("model.norm", IMPOSSIBLE, "the parameters of the norms"),
     ("model.bias", IMPOSSIBLE, "which parameters there are"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills a real training run again and again, resumes it each time, and compares it with one left alone.
 
-    python scripts/stress_resume.py --kills=20
+    python scripts/stress_resume.py --kills=24
 
 Shows, on a small model and the embedded corpus: every value but perf/* is bitwise that of the uninterrupted run; no
 checkpoint is ever unreadable; a run begun on one device goes on on eight simulated ones, and the reverse, with the same
@@ -194,7 +194,7 @@ def check_skip(folder: pathlib.Path, skip: tuple[int, int], steps: int) -> dict[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--steps", type=int, default=400, help="of the killed run")
     parser.add_argument("--half", type=int, default=100, help="steps compared after a move to other devices")
     parser.add_argument("--seed", type=int, default=0)

@@ -20,6 +20,7 @@ VARIANTS = {
     "banded": {"pattern": ("dense", "band"), "window": 3},
     "talking": {"talking_heads": True},
     "unequal": {"head_dims": (2, 4, 6, 4)},
+    "block": {"block": "toys:ParallelBlock"},
     "softcap": {"attention_softcap": 3.0, "logit_softcap": 5.0, "qk_norm": True},
 }
 

@@ -287,6 +287,26 @@ def test_count_parameters_equals_what_init_makes(name):
     assert count_parameters(config) == stored - tables * (config.padded_vocab - config.vocab_size) * config.embed_size
 
 
+def test_a_block_of_the_users_own_takes_the_place_of_the_built_in_one():
+    """GPT-J's parallel block in tests/toys.py, scanned, written out and rematerialised, against its formula."""
+    config = tiny(block="toys:ParallelBlock", num_layers=2)
+    params = params_of(config)
+    stored = sum(x.size for x in jax.tree.leaves(params))
+    assert count_parameters(config) == stored - (config.padded_vocab - config.vocab_size) * config.embed_size
+    assert set(params["layers"]["block_0"]) == {"norm", "attention", "mlp"}
+    batch = tokens(rows=2, length=8)
+    logits = [
+        Transformer(tiny(block="toys:ParallelBlock", num_layers=2, **how)).apply({"params": params}, batch).logits
+        for how in ({"unroll": 1}, {"unroll": 0}, {"unroll": 1, "remat": "full"})
+    ]
+    for other in logits[1:]:
+        np.testing.assert_allclose(logits[0], other, atol=1e-5)
+    with pytest.raises(UserError, match=r"block is 'parallel'; it is an import path"):
+        tiny(block="parallel")
+    with pytest.raises(UserError, match=r"cannot import 'toys:Nothing'"):
+        params_of(tiny(block="toys:Nothing"))
+
+
 def test_a_factorised_embedding_costs_vocabulary_times_its_own_width():
     full, small = (ModelConfig(vocab_size=1000, max_positions=64, d_model=256, embedding_size=e) for e in (0, 32))
     projections = 256 * 32 + 256 + 32 * 256 + 32

@@ -1,4 +1,5 @@
-"""An objective as a user would write it: no Transformer, two terms, draws in `prepare` and in `loss`. Compiles fast."""
+"""An objective and a block as a user would write them. Bigram: no Transformer, two terms, draws in `prepare` and in
+`loss`; it compiles fast."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gpt_jax.losses import cross_entropy
+from gpt_jax.model.layers import MLP, Attention, Block, Norm
 from gpt_jax.model.random import dropout, fold_name
 from gpt_jax.objectives.base import Objective, check_options, text_spec
 from gpt_jax.options import option
@@ -53,3 +55,14 @@ class Bigram(Objective):
         sums = {term: jnp.sum(weights[term] * loss) for term in ("lm", "some")}
         mask = batch["target_weights"]
         return sums, {"nll": (jnp.sum(mask * nll), jnp.sum(mask))}
+
+
+class ParallelBlock(Block):
+    """Attention and the feed-forward layer side by side, as in GPT-J: y = x + Attention(norm(x)) + MLP(norm(x))."""
+
+    @nn.compact
+    def __call__(self, x_BxTxD, layer, positions, mask, cache, keys_B, taps=None):
+        x = Norm(self.config, name="norm")(x_BxTxD)
+        attention = Attention(self.config, self.kind, name="attention")
+        h, cache, _ = attention(x, layer, positions, mask, cache, keys_B, taps)
+        return x_BxTxD + h + MLP(self.config, name="mlp")(x), cache, {}

@@ -56,7 +56,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 
 def misfits(config: ModelConfig) -> list[str]:
-    wanted = dict(norm="layernorm", positions="learned", qk_norm=False)
+    wanted = dict(block="", norm="layernorm", positions="learned", qk_norm=False)
     found = [f"{name}={getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]
     if config.ffn not in _ACTIVATIONS.values():
         found.append(f"ffn={config.ffn!r}")

@@ -106,7 +106,7 @@ def write_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def misfits(config: ModelConfig, qk_norm: bool = False) -> list[str]:
-    wanted = dict(norm="rmsnorm", positions="rope", ffn="swiglu", qk_norm=qk_norm)
+    wanted = dict(block="", norm="rmsnorm", positions="rope", ffn="swiglu", qk_norm=qk_norm)
     found = [f"{name}={getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]
     if config.rope_scaling not in _SCALINGS.values():
         found.append(f"rope_scaling={config.rope_scaling!r}")

@@ -44,6 +44,7 @@ class ModelConfig:
     num_kv_heads: int = option(0, "heads of keys and values (GQA; 1 is MQA); 0: num_heads")
     head_dim: int = option(0, "size of a head; 0: d_model / num_heads")
     head_dims: tuple[int, ...] = option((), "size of each head where they differ (the article's 'different sizes')")
+    block: str = option("", "import path of a block in place of the built-in one (package.module:Block)")
     d_ff: int = option(0, "width of the feed-forward layer; 0: 4 d_model (swiglu: 8/3 d_model, rounded up to 64)")
     max_positions: int = option(0, "learned positions; 0: context_length")
     ffn: str = option("gelu_tanh", " | ".join(FFNS))
@@ -92,6 +93,8 @@ class ModelConfig:
         choose("param_dtype", self.param_dtype, DTYPES)
         for kind in self.pattern:
             choose("pattern", kind, LAYER_KINDS)
+        if self.block and ":" not in self.block:
+            raise UserError(f"block is {self.block!r}; it is an import path (package.module:Block), or empty.")
         for name in ("num_layers", "d_model", "num_heads", "window", "query_block", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -228,6 +231,8 @@ def count_parameters(config: ModelConfig) -> int:
         block += 2 * config.num_heads**2
     for name, sizes in config.products.items():
         block += config.lora_rank * sum(sizes) * config.is_low_rank(name)
+    if config.block:
+        block = _initialised(config) // config.num_layers
     e = config.embed_size
     total = config.vocab_size * e + config.num_layers * block + norm
     if config.positions == "learned":
@@ -237,3 +242,14 @@ def count_parameters(config: ModelConfig) -> int:
     if e != d:
         total += e * d + bias * d + d * e + bias * e
     return total
+
+
+def _initialised(config: ModelConfig) -> int:
+    """The number of parameters of all blocks, as they are made."""
+    import jax
+
+    from gpt_jax.model.transformer import Transformer
+
+    tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+    made = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]["layers"]
+    return sum(leaf.size for leaf in jax.tree.leaves(made))

@@ -26,6 +26,7 @@ from gpt_jax.model.derivatives import add_bias
 from gpt_jax.model.layers import Block, Norm, Product
 from gpt_jax.model.random import dropout, fold_name
 from gpt_jax.model.taps import Taps
+from gpt_jax.options import import_path
 
 
 @struct.dataclass
@@ -48,6 +49,11 @@ class Output:
     intermediates: dict[str, Array] | None = None
 
 
+def block_class(config: ModelConfig) -> type[nn.Module]:
+    """The class of a config's blocks: `Block`, or the user's, which is called in the same way."""
+    return import_path(config.block) if config.block else Block
+
+
 class _Repetition(nn.Module):
     """One repetition of the pattern; scanned over, with parameters stacked on the leading axis."""
 
@@ -58,7 +64,7 @@ class _Repetition(nn.Module):
         found = []
         for i, kind in enumerate(self.config.pattern):
             layer = index * len(self.config.pattern) + i
-            block = Block(self.config, kind, name=f"block_{i}")
+            block = block_class(self.config)(self.config, kind, name=f"block_{i}")
             own = None if taps is None else taps.of(i)
             x_BxTxD, _, kept = block(x_BxTxD, layer, positions, mask, None, keys_B, own)
             found.append(kept)
@@ -204,7 +210,7 @@ class Transformer(nn.Module):
         """The blocks one by one, each on its own arrays: a loop over stacked ones would copy them at every step."""
         config = self.config
         for layer, params in enumerate(blocks_of(self.variables["params"]["layers"], config)):
-            block = Block(config, config.pattern[layer % len(config.pattern)], parent=None)
+            block = block_class(config)(config, config.pattern[layer % len(config.pattern)], parent=None)
             x, cache, _ = block.apply({"params": params}, x, layer, positions, mask, cache, keys)
         return x, cache
 
