@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Training speed on CPU: the real train step on three workloads, beside nanoGPT's model in PyTorch.
+"""Training speed on CPU: the real train step on three workloads, beside nanoGPT's model in PyTorch and plain Flax.
 
     python scripts/bench_train.py                                   # ours: tokens/s, MFU, time to first step, memory
-    python scripts/bench_train.py --peer --peer-python PYTHON       # and PyTorch beside it (PYTHON has torch)
+    python scripts/bench_train.py --peer --peer-python PYTHON       # and the peers beside it (PYTHON has torch)
     python scripts/bench_train.py --workloads W2 --blocks 9         # a part of it
 
 Every implementation is one long-lived process that compiles once and then trains for a block of steps at a time, in
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -79,6 +80,7 @@ PEERS = {
     "torch eager + fused AdamW": ("torch", "fused", ""),
     "torch.compile": ("torch", "compile", ""),
     "torch.compile + fused AdamW": ("torch", "compile fused", ""),
+    "flax": ("flax", "", "glibc.malloc.hugetlb=1"),
 }
 
 
@@ -266,6 +268,74 @@ def torch_worker(w: Workload, variant: str, started: float, model_options: dict[
         return {"seconds": time.perf_counter() - begin, "loss": loss}
 
     serve(block, {"first_step": first_step, "first_loss": first_loss, "num_params": sum(p.numel() for p in params)})
+
+
+def flax_worker(w: Workload, variant: str, started: float, model_options: dict[str, Any]) -> None:
+    """The JAX peer: the same model of Flax Linen's own layers, and optax, as tutorials have it (and nanodo)."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from flax import linen as nn
+
+    small = nn.initializers.normal(0.02)
+
+    class GPT(nn.Module):
+        @nn.compact
+        def __call__(self, tokens: Any) -> Any:
+            embed = nn.Embed(w.vocab, w.d_model, embedding_init=small)
+            x = embed(tokens) + nn.Embed(w.context, w.d_model, embedding_init=small)(jnp.arange(w.context))
+            mask = nn.make_causal_mask(tokens)
+            for _ in range(w.layers):
+                x = x + nn.MultiHeadDotProductAttention(w.heads, kernel_init=small)(nn.LayerNorm()(x), mask=mask)
+                h = nn.gelu(nn.Dense(4 * w.d_model, kernel_init=small)(nn.LayerNorm()(x)))
+                x = x + nn.Dense(w.d_model, kernel_init=small)(h)
+            return embed.attend(nn.LayerNorm()(x))
+
+    model = GPT()
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 100_000)
+    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed))
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, w.context), np.int32))
+    state = (params, jax.jit(tx.init)(params))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: Any, x: Any, y: Any) -> Any:
+        params, moments = state
+
+        def loss(params: Any) -> Any:
+            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, moments = tx.update(grads, moments, params)
+        return (optax.apply_updates(params, updates), moments), value
+
+    stream = np.random.default_rng(0).integers(0, w.vocab, 1 << 20, dtype=np.int32)
+    draws = np.random.default_rng(1)
+
+    def train(steps: int) -> float:
+        nonlocal state
+        value = None
+        for _ in range(steps):
+            starts = draws.integers(0, len(stream) - w.context - 1, w.batch)
+            windows = stream[starts[:, None] + np.arange(w.context + 1)]
+            state, loss = update(state, windows[:, :-1], windows[:, 1:])
+            if value is not None:
+                float(value)  # that of the step before, as ours reads it
+            value = loss
+        return float(value)
+
+    first_loss = train(1)
+    first_step = time.time() - started
+
+    def block(steps: int) -> dict[str, Any]:
+        train(1)
+        begin = time.perf_counter()
+        loss = train(steps)
+        return {"seconds": time.perf_counter() - begin, "loss": loss}
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(state[0]))
+    serve(block, {"first_step": first_step, "first_loss": first_loss, "num_params": count})
 
 
 # --- the process that asks --------------------------------------------------------------------------------------------
@@ -485,7 +555,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--workloads", default="W1,W2,W3", help="comma-separated, of W1, W2, W3")
-    add("--peer", action="store_true", help="measure PyTorch beside ours")
+    add("--peer", action="store_true", help="measure PyTorch and plain Flax beside ours")
     add("--peer-python", default=sys.executable, help="interpreter that has torch (default: this one)")
     add("--blocks", type=int, default=7, help="rounds; each runs one block of every implementation (default 7)")
     add("--steps", type=int, default=0, help="steps in a block (default: by workload, a few seconds)")
@@ -510,7 +580,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise BenchError(f"--only has {name!r}; it takes names of: {', '.join((*OURS, *PEERS))}.")
     if not args.cores and hasattr(os, "sched_getaffinity"):
         args.cores = ",".join(str(c) for c in sorted(os.sched_getaffinity(0))[:2])
-    if args.peer:
+    if args.peer and set(args.only or PEERS) & {name for name, (kind, *_) in PEERS.items() if kind == "torch"}:
         check_peer(args.peer_python)
     return args
 
@@ -519,7 +589,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         if args.worker:
-            run = {"jax": jax_worker, "torch": torch_worker}[args.worker]
+            run = {"jax": jax_worker, "torch": torch_worker, "flax": flax_worker}[args.worker]
             run(workload_of(args.workloads), args.variant, args.started, json.loads(args.model_options))
             return 0
         if importlib.util.find_spec("jax") is None:
