@@ -11,7 +11,7 @@ import pytest
 import toy_tasks
 
 from gpt_jax.augment import EDA, Copy, Synthetic, augment_task, normalise, select
-from gpt_jax.augment.base import as_rows, per_label
+from gpt_jax.augment.base import PATIENCE, as_rows, per_label
 from gpt_jax.augment.controls import STOP_WORDS, distributional_neighbours
 from gpt_jax.augment.filters import Confidence, PerplexityBand, Replaced
 from gpt_jax.augment.report import fidelity, figures
@@ -104,6 +104,21 @@ def test_too_few_are_an_error_that_says_so(train):
         augment_task(train, Single(), per_class={"glad": 2}, rng=random.Random(0))
     with pytest.raises(UserError, match="--count is 0"):
         per_label(LABELS, 0)
+
+
+def test_a_class_that_nothing_is_made_of_ends_the_search():
+    rounds = []
+
+    class Counted(Copy):
+        def augment(self, train, rng):
+            rounds.append(len(train))
+            assert len(rounds) < 50, "the search goes on without end"
+            return super().augment(train, rng)
+
+    train = [Classify("a good film", "glad")]  # none of 'sad', of which the task may still have some to score
+    with pytest.raises(UserError, match="0 synthetic examples of class 'sad' are left of the candidates, 3 are wanted"):
+        augment_task(train, Counted(), per_class=per_label(LABELS, 3), rng=random.Random(0))
+    assert len(rounds) == 3 + PATIENCE
 
 
 def test_selection_is_by_score_or_in_order():

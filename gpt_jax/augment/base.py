@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from gpt_jax.errors import UserError
 
-PATIENCE = 5  # rounds without a new example before generation ends
+PATIENCE = 5  # rounds without a new example of a class that is short before generation ends
 
 
 class Synthetic(NamedTuple):
@@ -105,11 +105,12 @@ def augment_task(
       none that of a refused one, all but for case, punctuation and space.
 
     Raises:
-      UserError: a class stays short, although some rounds gave nothing new.
+      UserError: a class stays short, although some rounds gave nothing new of one.
     """
     seen = set() if generator.copies else {normalise(example.text) for example in train}
     closed = {normalise(text) for text in refused}
     counts, kept, idle = Counts(), [], 0
+    short = set(per_class)
     while idle < PATIENCE:
         counts.rounds += 1
         found = []
@@ -130,9 +131,10 @@ def augment_task(
             found = one.keep(found)
         counts.filtered += before - len(found)
         kept += found
-        idle = 0 if found else idle + 1
+        idle = 0 if any(c.label in short for c in found) else idle + 1
         have = collections.Counter(c.label for c in kept)
-        if all(have[label] >= oversample * count for label, count in per_class.items()):
+        short = {label for label, count in per_class.items() if have[label] < oversample * count}
+        if not short:
             break
     chosen = select(kept, per_class, by_score=bool(filters))
     counts.selected, counts.left = len(chosen), len(kept) - len(chosen)
