@@ -280,11 +280,38 @@ def test_substitution_keeps_all_but_the_hidden_tokens_and_draws_no_special(mlm, 
     hidden = generator.choose(may, np.random.default_rng(0))
     assert (hidden.sum(1) == np.round(0.2 * may.sum(1))).all() and not (hidden & ~may).any()
     params = generator.tuner.fit(train, 0)["model"]
-    ids, logp = (np.asarray(x) for x in generator._fill(params, rows, hidden, jax.random.key(0)))
+    ids, logp = generator.fill(params, rows, hidden, jax.random.key(0))
     assert (ids[~hidden] == rows["tokens"][~hidden]).all() and (ids[hidden] < 256).all() and (logp <= 0).all()
     found = generator.augment(train, random.Random(0))
     assert len(found) == 2 * len(train) and all(train[f.parent].label == f.label for f in found)
     assert len({f.text for f in found} - {e.text for e in train}) > len(train)
+
+
+@pytest.mark.slow
+def test_substitution_in_chunks_draws_the_same_and_at_temperature_0_the_likeliest(mlm, train):
+    from gpt_jax.augment.generators import MaskedSubstitution
+    from gpt_jax.loading import load
+
+    generator = MaskedSubstitution(load(mlm), LABELS, recipe(steps=1), rate=0.3)
+    encoded = generator.tuner.encode(train)
+    rows = encoded.build(np.zeros(len(train), np.int64), np.arange(len(train)))
+    hidden = generator.choose(rows["target_weights"] > 0, np.random.default_rng(0))
+    params, key = generator.run.all_params["model"], jax.random.key(3)
+    whole, logp = generator.fill(params, rows, hidden, key)
+    shapes, compiled = [], generator._fill
+    generator._fill = lambda *args: shapes.append(args[2].shape) or compiled(*args)
+    ids, parts = generator.fill(params, rows, hidden, key, chunk=8)  # of 20 rows
+    assert shapes == [(8, 64)] * 3
+    np.testing.assert_array_equal(ids, whole)
+    np.testing.assert_allclose(parts, logp, rtol=1e-4)
+    assert len({tuple(row) for row in ids[:, :40].tolist()}) > 10
+    greedy = MaskedSubstitution(load(mlm), LABELS, recipe(steps=1), temperature=0.0)
+    ids, logp = greedy.fill(params, rows, hidden, key)
+    np.testing.assert_array_equal(ids, greedy.fill(params, rows, hidden, jax.random.key(4))[0])
+    drawn = [generator.fill(params, rows, hidden, jax.random.key(seed))[1] for seed in range(3)]
+    assert np.isfinite(logp).all() and all((logp[hidden] >= one[hidden] - 1e-5).all() for one in drawn)
+    with pytest.raises(UserError, match="temperature is -1"):
+        MaskedSubstitution(load(mlm), LABELS, recipe(steps=1), temperature=-1)
 
 
 @pytest.mark.slow
@@ -343,6 +370,10 @@ def test_mistakes_are_named(tmp_path, capsys):
         (["--method=eda", "--task=toy_tasks:reverse"], "augment takes 'classify'"),
         (["--method=lm", "--task=toy_tasks:moods"], "--from is missing"),
         (["--method=eda", "--task=toy_tasks:moods", "--per-class=500"], "class 'glad' of task moods has 10"),
+        (["--method=eda", "--task=toy_tasks:moods", "--per-class=-1"], "--per-class is -1; it must be at least 0"),
+        (["--method=copy", "--task=toy_tasks:moods", "--count=-2"], "--count is -2; it must be at least 1"),
+        (["--method=text", "--documents=0"], "--documents is 0; it must be at least 1"),
+        (["--method=text", "--max-tokens=-5"], "--max-tokens is -5; it must be at least 1"),
         (["--method=eda", "--task={'name'"], "is no table"),
         (["--method=copy", "--task=toy_tasks:moods", "--config.steps=3"], "its settings are flags"),
     ):
