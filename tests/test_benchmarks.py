@@ -1,13 +1,16 @@
 """Benchmarks: prompts and demonstrations by GPT-3's rules, and figures in closed form under planted scores."""
 
+import io
 import json
 import math
+import tarfile
 
 import numpy as np
 import pytest
 
 from gpt_jax.benchmarks import Benchmark, Item, base, load_benchmark, run_benchmark
 from gpt_jax.benchmarks.base import draw_demonstrations, split_items, take
+from gpt_jax.benchmarks.files import read_archive
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.score import Score
@@ -237,6 +240,35 @@ def test_a_malformed_file_is_told_with_file_and_line(tmp_path, name, row, said):
     file = write(tmp_path / "bad.jsonl", good, row)
     with pytest.raises(UserError, match=f"bad.jsonl:2: .*{said}"):
         load_benchmark(f"{name}:{file}").items()
+
+
+def packed(file, text, mode):
+    data = text.encode("utf-8", "surrogateescape")
+    with tarfile.open(file, f"w:{mode}") as archive:
+        member = tarfile.TarInfo("sets/a.jsonl")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("mode", ["xz", "gz", ""])
+def test_a_damaged_archive_is_told_in_a_line(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    rows = [{"context": rng.bytes(40).hex(), "completion": " 4"} for _ in range(300)]
+    whole = tmp_path / "whole.tar"
+    packed(whole, "".join(json.dumps(row) + "\n" for row in rows), mode)
+    assert len(list(read_archive(str(whole), context=str))) == 300
+    data, cut = whole.read_bytes(), tmp_path / "cut.tar"
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 0xFF
+    damaged = [data[: len(data) * part // 8] for part in range(6)] + ([bytes(flipped)] if mode == "xz" else [])
+    for content in damaged:
+        cut.write_bytes(content)
+        with pytest.raises(UserError, match=r"cut\.tar.*(cannot be read|not JSON)") as error:
+            list(read_archive(str(cut), context=str))
+        assert "\n" not in str(error.value)
+    packed(cut, '{"context": "caf\udce9"}\n', mode)
+    with pytest.raises(UserError, match=r"cut\.tar:sets/a\.jsonl: not valid UTF-8"):
+        list(read_archive(str(cut), context=str))
 
 
 def test_unknown_names_are_told_with_the_closest():
