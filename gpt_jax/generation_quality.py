@@ -66,7 +66,7 @@ def human_prompts(splits: Sequence[Any], count: int, prompt: int, new: int) -> P
             ids = split.read(start, prompt + new)
             if split.eot is None or not (ids == split.eot).any():
                 fitting.append(ids.tolist())
-        found += [fitting[i * len(fitting) // wanted] for i in range(min(wanted, len(fitting)))]
+        found += [fitting[i] for i in spread(len(fitting), wanted)]
     if len(found) < 2:
         raise UserError(
             f"the validation text has {len(found)} pieces of {prompt + new} tokens within one document; at least two "

@@ -7,6 +7,7 @@ examples are those of a task of kind text_to_text, whose `source` is the prompt 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,6 +95,29 @@ REGISTRY: dict[str, Callable[..., Reward]] = {
 }
 
 
+_KINDS = {"str": (str, "a text"), "int": (int, "a whole number"), "bool": (bool, "True or False")}
+
+
+def read_specs(specs: Any) -> list[dict[str, Any]]:
+    """Returns the table of each reward, with "name", "weight" and "as", the name that is logged.
+
+    Raises:
+      UserError: one that is neither a name nor a table with one, a weight that is no number.
+    """
+    if not isinstance(specs, (list, tuple)):
+        raise UserError(f"objective.rewards is {specs!r}; a list of names or of tables with a 'name' is needed.")
+    out = []
+    for spec in specs:
+        given = {"name": spec} if isinstance(spec, str) else spec
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str) or not given["name"]:
+            raise UserError(f"objective.rewards has {spec!r}; a name, or a table with a 'name', is needed.")
+        name, weight = given["name"], given.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise UserError(f"objective.rewards: the weight of {name} is {weight!r}; a number is needed.")
+        out.append({**given, "weight": float(weight), "as": given.get("as") or name.rpartition(":")[2]})
+    return out
+
+
 def make_rewards(specs: Sequence[str | Mapping[str, Any]]) -> list[tuple[str, float, Reward]]:
     """Returns (name, weight, reward) of each.
 
@@ -102,14 +126,13 @@ def make_rewards(specs: Sequence[str | Mapping[str, Any]]) -> list[tuple[str, fl
         "as": the name that is logged, options...}.
 
     Raises:
-      UserError: none given, an unknown name or option.
+      UserError: none given, an unknown name or option, a value of another kind.
     """
     if not specs:
         raise UserError(f"objective.rewards is empty; allowed: {', '.join(REGISTRY)}, or an import path.")
     out = []
-    for spec in specs:
-        given = {"name": spec} if isinstance(spec, str) else dict(spec)
-        name, weight, shown = given.pop("name", ""), given.pop("weight", 1.0), given.pop("as", "")
+    for given in read_specs(specs):
+        name, weight, shown = (given.pop(key) for key in ("name", "weight", "as"))
         if ":" not in name and name not in REGISTRY:
             raise UserError(
                 f"objective.rewards has {name!r}{nearest(name, REGISTRY)}; allowed: {', '.join(REGISTRY)}, "
@@ -126,5 +149,9 @@ def make_rewards(specs: Sequence[str | Mapping[str, Any]]) -> list[tuple[str, fl
         missing = [key for key, p in allowed.items() if p.default is p.empty and key not in given]
         if missing:
             raise UserError(f"reward {name} needs the option {missing[0]!r}.")
-        out.append((shown or name.rpartition(":")[2], float(weight), factory(**given)))
+        for key, value in given.items():
+            kind, needed = _KINDS.get(allowed[key].annotation, (object, ""))
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise UserError(f"reward {name}: {key} is {value!r}; {needed} is needed.")
+        out.append((shown, weight, factory(**given)))
     return out

@@ -18,6 +18,17 @@ from gpt_jax.objectives.base import objective_class
 from gpt_jax.sampling import Sampling
 
 _CHUNK = 8  # tokens between two looks at the stop strings and the terminal
+# Of flags that some ways to answer do not read: None tells that one was not given.
+_DEFAULTS = {
+    "temperature": 0.8,
+    "top_k": 0,
+    "top_p": 0.95,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "num_samples": 1,
+    "max_tokens": 100,
+}
+_SAMPLER = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given more than once")
     parser.add_argument("--prompts-file", default="", metavar="FILE", help="prompts, one a line; '-' is standard input")
     parser.add_argument("--interactive", action="store_true", help="read a prompt a line and answer each as it comes")
-    parser.add_argument("--max-tokens", type=int, default=100, help="tokens generated per prompt")
-    parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k most likely tokens; 0 is off")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling; 1 is off")
-    parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens below min-p times the most likely one")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--max-tokens", type=int, help="tokens generated per prompt; default: 100")
+    parser.add_argument("--num-samples", type=int, help="continuations of each prompt; default: 1")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: 0.8")
+    parser.add_argument("--top-k", type=int, help="keep the k most likely tokens; default: 0, off")
+    parser.add_argument("--top-p", type=float, help="nucleus sampling; 1 is off; default: 0.95")
+    parser.add_argument("--min-p", type=float, help="drop tokens below min-p times the most likely one; default: 0")
+    parser.add_argument("--repetition-penalty", type=float, help="default: 1, off")
     parser.add_argument("--beams", type=int, default=0, help="beam search with so many beams in place of sampling")
     parser.add_argument("--length-penalty", type=float, default=0.6, help="beams: log P / ((5 + n) / 6)^this")
     parser.add_argument("--choice", action="append", default=[], help="answer with one of the texts so given")
@@ -50,9 +61,12 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
     if overrides:
         raise UserError(f"sample takes no --config.{next(iter(overrides))}: the run's own config is used.")
+    given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
+    args = argparse.Namespace(**{**vars(args), **_DEFAULTS, **given})
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    if args.num_samples < 1:
-        raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1.")
+    for flag, value in (("--num-samples", args.num_samples), ("--max-tokens", args.max_tokens)):
+        if value < 1:
+            raise UserError(f"{flag} is {value}; it must be at least 1.")
     if args.interactive and (args.json or args.prompt or args.prompts_file or args.num_samples > 1):
         raise UserError("--interactive takes its prompts from standard input: one text each, without --json.")
     if args.beams < 0 or (args.beams and (args.interactive or args.num_samples > max(1, args.beams))):
@@ -61,6 +75,13 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         )
     if args.choice and (args.beams or args.interactive or args.html or args.stop):
         raise UserError("--choice goes without --beams, --interactive, --html and --stop.")
+    unread = {"--choice": (*_SAMPLER, "num_samples", "max_tokens"), "--beams": ("temperature", *_SAMPLER)}
+    for flag, names in unread.items():
+        for name in names if getattr(args, flag[2:]) else ():
+            if name in given:
+                raise UserError(f"{flag} goes without --{name.replace('_', '-')}, which is {given[name]}.")
+    if args.choice and args.logprobs:
+        raise UserError("--choice goes without --logprobs: it prints the probability of each choice.")
     if args.logprobs and not args.json:
         raise UserError("--logprobs is for --json; --html shows them on a page.")
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompts_file)
@@ -74,7 +95,10 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     settings = dict(max_tokens=args.max_tokens, sampling=sampling, stop=args.stop)
     if args.interactive:
         for number, line in enumerate(_typed_lines()):
-            continue_texts(run, [line], seed=args.seed + number, live=sys.stdout, **settings)
+            try:
+                continue_texts(run, [line], seed=args.seed + number, live=sys.stdout, **settings)
+            except UserError as error:  # of this line: the next one may be shorter
+                print(f"gpt-jax: {error}", file=sys.stderr, flush=True)
         return 0
     if args.choice:
         return _print_choices(run, prompts, args, sampling)

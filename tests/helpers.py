@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
 
 def load_script(name: str):
     """scripts/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 

@@ -11,7 +11,7 @@ import pytest
 import toy_tasks
 
 from gpt_jax.augment import EDA, Copy, Synthetic, augment_task, normalise, select
-from gpt_jax.augment.base import as_rows, per_label
+from gpt_jax.augment.base import PATIENCE, as_rows, per_label
 from gpt_jax.augment.controls import STOP_WORDS, distributional_neighbours
 from gpt_jax.augment.filters import Confidence, PerplexityBand, Replaced
 from gpt_jax.augment.report import fidelity, figures
@@ -104,6 +104,21 @@ def test_too_few_are_an_error_that_says_so(train):
         augment_task(train, Single(), per_class={"glad": 2}, rng=random.Random(0))
     with pytest.raises(UserError, match="--count is 0"):
         per_label(LABELS, 0)
+
+
+def test_a_class_that_nothing_is_made_of_ends_the_search():
+    rounds = []
+
+    class Counted(Copy):
+        def augment(self, train, rng):
+            rounds.append(len(train))
+            assert len(rounds) < 50, "the search goes on without end"
+            return super().augment(train, rng)
+
+    train = [Classify("a good film", "glad")]  # none of 'sad', of which the task may still have some to score
+    with pytest.raises(UserError, match="0 synthetic examples of class 'sad' are left of the candidates, 3 are wanted"):
+        augment_task(train, Counted(), per_class=per_label(LABELS, 3), rng=random.Random(0))
+    assert len(rounds) == 3 + PATIENCE
 
 
 def test_selection_is_by_score_or_in_order():
@@ -265,11 +280,38 @@ def test_substitution_keeps_all_but_the_hidden_tokens_and_draws_no_special(mlm, 
     hidden = generator.choose(may, np.random.default_rng(0))
     assert (hidden.sum(1) == np.round(0.2 * may.sum(1))).all() and not (hidden & ~may).any()
     params = generator.tuner.fit(train, 0)["model"]
-    ids, logp = (np.asarray(x) for x in generator._fill(params, rows, hidden, jax.random.key(0)))
+    ids, logp = generator.fill(params, rows, hidden, jax.random.key(0))
     assert (ids[~hidden] == rows["tokens"][~hidden]).all() and (ids[hidden] < 256).all() and (logp <= 0).all()
     found = generator.augment(train, random.Random(0))
     assert len(found) == 2 * len(train) and all(train[f.parent].label == f.label for f in found)
     assert len({f.text for f in found} - {e.text for e in train}) > len(train)
+
+
+@pytest.mark.slow
+def test_substitution_in_chunks_draws_the_same_and_at_temperature_0_the_likeliest(mlm, train):
+    from gpt_jax.augment.generators import MaskedSubstitution
+    from gpt_jax.loading import load
+
+    generator = MaskedSubstitution(load(mlm), LABELS, recipe(steps=1), rate=0.3)
+    encoded = generator.tuner.encode(train)
+    rows = encoded.build(np.zeros(len(train), np.int64), np.arange(len(train)))
+    hidden = generator.choose(rows["target_weights"] > 0, np.random.default_rng(0))
+    params, key = generator.run.all_params["model"], jax.random.key(3)
+    whole, logp = generator.fill(params, rows, hidden, key)
+    shapes, compiled = [], generator._fill
+    generator._fill = lambda *args: shapes.append(args[2].shape) or compiled(*args)
+    ids, parts = generator.fill(params, rows, hidden, key, chunk=8)  # of 20 rows
+    assert shapes == [(8, 64)] * 3
+    np.testing.assert_array_equal(ids, whole)
+    np.testing.assert_allclose(parts, logp, rtol=1e-4)
+    assert len({tuple(row) for row in ids[:, :40].tolist()}) > 10
+    greedy = MaskedSubstitution(load(mlm), LABELS, recipe(steps=1), temperature=0.0)
+    ids, logp = greedy.fill(params, rows, hidden, key)
+    np.testing.assert_array_equal(ids, greedy.fill(params, rows, hidden, jax.random.key(4))[0])
+    drawn = [generator.fill(params, rows, hidden, jax.random.key(seed))[1] for seed in range(3)]
+    assert np.isfinite(logp).all() and all((logp[hidden] >= one[hidden] - 1e-5).all() for one in drawn)
+    with pytest.raises(UserError, match="temperature is -1"):
+        MaskedSubstitution(load(mlm), LABELS, recipe(steps=1), temperature=-1)
 
 
 @pytest.mark.slow
@@ -328,6 +370,10 @@ def test_mistakes_are_named(tmp_path, capsys):
         (["--method=eda", "--task=toy_tasks:reverse"], "augment takes 'classify'"),
         (["--method=lm", "--task=toy_tasks:moods"], "--from is missing"),
         (["--method=eda", "--task=toy_tasks:moods", "--per-class=500"], "class 'glad' of task moods has 10"),
+        (["--method=eda", "--task=toy_tasks:moods", "--per-class=-1"], "--per-class is -1; it must be at least 0"),
+        (["--method=copy", "--task=toy_tasks:moods", "--count=-2"], "--count is -2; it must be at least 1"),
+        (["--method=text", "--documents=0"], "--documents is 0; it must be at least 1"),
+        (["--method=text", "--max-tokens=-5"], "--max-tokens is -5; it must be at least 1"),
         (["--method=eda", "--task={'name'"], "is no table"),
         (["--method=copy", "--task=toy_tasks:moods", "--config.steps=3"], "its settings are flags"),
     ):

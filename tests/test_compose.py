@@ -10,9 +10,20 @@ from flax import linen as nn
 from helpers import assert_trees_equal, relative, text_batch, tiny
 from toys import SIZE, Bigram
 
+from gpt_jax.data.formats import TaskInfo
 from gpt_jax.errors import UserError
-from gpt_jax.objectives.base import REGISTRY, Setting, build_objective, describe_options, objective_class
+from gpt_jax.model import Transformer
+from gpt_jax.objectives.base import (
+    REGISTRY,
+    Host,
+    Setting,
+    build_objective,
+    describe_options,
+    objective_class,
+    rows_of,
+)
 from gpt_jax.objectives.causal_lm import CausalLM
+from gpt_jax.objectives.classify import Classify
 from gpt_jax.objectives.compose import Mixture, Sum
 from gpt_jax.step import gradients, row_keys
 
@@ -100,6 +111,51 @@ def test_roots_that_are_shared_must_be_the_same_tree():
         params_of(Sum({"a": Bigram(), "b": Wider()}), batch_of())
 
 
+HOST = Host({"eot": 0, "sep": 1, "cls": 2}, 16, 4)
+
+
+@pytest.mark.parametrize("name", ["supervised", "classify"])
+def test_terms_of_a_sum_share_rows_that_are_equal(name):
+    alone = rows_of({"name": name}, HOST)
+    terms = {"a": {"name": name}, "b": {"name": name, "coef": 0.5}}
+    assert rows_of({"name": "sum", "terms": terms}, HOST) == alone
+    assert rows_of({"name": "sum", "terms": terms | {"c": {"name": "toys:Bigram"}}}, HOST) == alone
+    with pytest.raises(UserError, match="the terms of a sum share one batch, but their rows differ"):
+        rows_of({"name": "sum", "terms": terms | {"c": {"name": "tag"}}}, HOST)
+
+
+def test_a_sum_predicts_what_its_first_term_that_can_does():
+    class Says(Bigram):
+        def predict(self, params, batch):
+            return {"label": batch["tokens"] + params}
+
+    both = Sum({"a": Bigram(), "b": Says(), "c": Says()})
+    assert both.predict(1, {"tokens": 2}) == {"label": 3}
+
+
+def labelled(*tasks):
+    """A classifier of 16 tokens' model, of tasks {name: labels}."""
+    infos = tuple(TaskInfo(i, task, labels) for i, (task, labels) in enumerate(tasks))
+    return Classify(Transformer(tiny(num_layers=1)), infos)
+
+
+@pytest.mark.parametrize("composition", [Sum, Mixture])
+def test_a_head_is_shared_by_objectives_of_the_same_tasks_alone(composition):
+    a, b = ("moods", ("glad", "sad")), ("facts", ("true", "false"))
+    batch = {"tokens": jnp.zeros((2, 4), jnp.int32)}
+
+    def roots(**children):
+        both = composition(children)
+        given = batch if composition is Sum else dict.fromkeys(children, batch)
+        return jax.eval_shape(lambda: both.init(jax.random.key(0), given))
+
+    assert roots(x=labelled(a, b), y=labelled(a, b)).keys() == {"model", "classifier"}
+    for other in (labelled(b), labelled((a[0], ("sad", "glad"))), labelled(a, b), Sum({"z": labelled(b)})):
+        with pytest.raises(UserError, match=r"'x' \(moods\) and 'y' \(.*\) would share the head 'classifier'") as error:
+            roots(x=labelled(a), y=other)
+        assert "\n" not in str(error.value)
+
+
 def test_frozen_and_batch_terms_are_those_of_the_children():
     class Fixed(Bigram):
         frozen = ("reference/.*",)
@@ -110,8 +166,6 @@ def test_frozen_and_batch_terms_are_those_of_the_children():
 
 
 def test_scores_of_the_children_that_need_them_reach_their_own_weights():
-    from gpt_jax.model import Transformer
-
     model = Transformer(tiny(num_layers=1))
     plain, tilted = CausalLM(model), CausalLM(model, reweight="perplexity", clip=())
     batch = text_batch()

@@ -153,6 +153,8 @@ def test_windows_cover_a_text_and_pool_to_the_largest_score():
     texts = [[3, 1, 4, 1, 5, 9, 2, 6], [7], []]
     np.testing.assert_array_equal(max_pool(score, texts, 3), [[9, -1], [7, -7], [-1, -1]])
     assert calls == [5]
+    with pytest.raises(UserError, match="there are no texts"):
+        max_pool(score, [], 3)
 
 
 # -- streams -------------------------------------------------------------------------------------------------------

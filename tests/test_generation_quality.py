@@ -39,6 +39,12 @@ def test_prompts_and_continuations_are_pieces_of_one_document():
         human_prompts([split_of(*documents)], 4, 4, 0)
 
 
+def test_fewer_pieces_than_prompts_are_taken_once_each():
+    given = human_prompts([split_of("abcdefghijklmnopqrstuvwxyz0123456789")], 9, 4, 6)
+    pieces = [bytes(p + n).decode() for p, n in zip(given.prompts, given.continuations, strict=True)]
+    assert pieces == ["jklmnopqrs", "tuvwxyz012"]  # one begins every 10 tokens; the first holds the EOT
+
+
 def test_figures_and_their_intervals_by_hand():
     texts = ["a b c d e", "a b c d e", "v w x y z"]
     ids = [[1, 2, 3, 4, 5], [1, 1, 1, 1, 1], [1, 2, 1, 2, 1]]

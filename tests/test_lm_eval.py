@@ -71,6 +71,15 @@ def test_multiple_choice_is_ours_by_sum_and_by_bytes(scorer, tmp_path):
     assert 0 < native["accuracy_sum"] < 1 and native["accuracy_sum"] != native["accuracy_byte"]
 
 
+def test_the_harness_takes_the_first_of_tied_options(scorer, tmp_path):
+    items = [Item("abc", (" de", " de"), answer) for answer in (0, 0, 1)]
+    bench = Benchmark("tied", "choice", lambda: items)
+    native = run_benchmark(bench, scorer)
+    theirs = adapter.compare(bench, scorer, native, tmp_path)
+    assert native["accuracy_sum"] == 0.5 and theirs["acc"] == pytest.approx(2 / 3)
+    assert theirs["largest_difference"] < 1e-9
+
+
 def test_sentences_without_a_context_and_greedy_items_are_ours(scorer, tmp_path):
     rng = np.random.default_rng(1)
     pairs = [Item("", (words(rng, 5, 20), words(rng, 5, 20)), 0) for _ in range(12)]

@@ -346,6 +346,9 @@ def test_it_keeps_the_contract(options):
         (dict(temperature=0.0), "temperature is 0.0; it must be above 0"),
         (dict(length="sequence"), "with ratio='sequence' there is none"),
         (dict(rewards=("format", {"name": "format"})), "name one of two anew"),
+        (dict(rewards=({"weight": 1.0},)), "a table with a 'name', is needed"),
+        (dict(rewards=(3,)), "objective.rewards has 3"),
+        (dict(rewards=3), "objective.rewards is 3"),
     ],
 )
 def test_mistakes_are_named(options, message):

@@ -282,11 +282,19 @@ def test_mistakes_in_rewards_are_named():
         ({"name": "format", "patern": "x"}, "has no option 'patern' .did you mean 'pattern'"),
         ({"name": "format", "pattern": "("}, "is no regular expression"),
         ({"name": "classifier"}, "needs the option 'workdir'"),
+        ({"weight": 1.0}, "has {'weight': 1.0}; a name, or a table with a 'name', is needed"),
+        (3, "has 3; a name"),
+        ({"name": "format", "pattern": 3}, "reward format: pattern is 3; a text is needed"),
+        ({"name": "length", "target": "9"}, "reward length: target is '9'; a whole number is needed"),
+        ({"name": "format", "weight": "much"}, "the weight of format is 'much'; a number is needed"),
+        ({"name": "format", "weight": float("nan")}, "the weight of format is nan"),
     ):
         with pytest.raises(UserError, match=message):
             make_rewards([spec])
     with pytest.raises(UserError, match="is empty"):
         make_rewards([])
+    with pytest.raises(UserError, match="objective.rewards is {'name': 'format'}; a list"):
+        make_rewards({"name": "format"})
 
 
 def test_the_arithmetic_task_has_gpt3s_format_and_no_problem_on_both_sides():

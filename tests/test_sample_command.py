@@ -143,6 +143,11 @@ def test_prompts_come_from_a_file_or_standard_input(run, capsys, tmp_path, monke
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwoo\n"))
     shown = sample(capsys, path, "--interactive", "--max-tokens=6")
     assert shown == f"one{expected[0]}\ntwoo{expected[1]}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one\n{'x' * 60}\ntwoo\n"))
+    assert main(["sample", f"--workdir={path}", "--interactive", "--max-tokens=6"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"one{expected[0]}\ntwoo") and out.count("\n") == 2
+    assert re.fullmatch("gpt-jax: a prompt of 61 tokens and max_tokens=6 do not fit the model's 48.*\n", err)
 
 
 def test_a_text_ends_before_the_first_stop_string(run):
@@ -190,6 +195,7 @@ def test_mistaken_flags_are_told_before_anything_is_read(tmp_path, capsys):
     for flag, said in (
         ("--temperature=-1", "temperature is -1.0"),
         ("--num-samples=0", "--num-samples is 0"),
+        ("--max-tokens=0", "--max-tokens is 0"),
         (f"--prompts-file={tmp_path / 'none.txt'}", "none.txt' cannot be read"),
     ):
         assert main(["sample", absent, flag]) == 1

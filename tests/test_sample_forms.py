@@ -119,6 +119,12 @@ def test_the_page_holds_every_token_and_nothing_from_elsewhere(run, capsys, tmp_
         (["--choice=a", "--choice=b", "--beams=2"], "--choice goes without --beams"),
         (["--logprobs"], "--logprobs is for --json"),
         (["--choice=a", "--choice=b", "--normalise=mean"], "normalise is 'mean'"),
+        (["--choice=a", "--choice=b", "--num-samples=2"], "--choice goes without --num-samples, which is 2"),
+        (["--choice=a", "--choice=b", "--top-k=0"], "--choice goes without --top-k, which is 0"),
+        (["--choice=a", "--choice=b", "--top-p=0.95"], "--choice goes without --top-p, which is 0.95"),
+        (["--choice=a", "--choice=b", "--json", "--logprobs"], "--choice goes without --logprobs"),
+        (["--beams=2", "--temperature=0.5"], "--beams goes without --temperature, which is 0.5"),
+        (["--beams=2", "--repetition-penalty=1.2"], "--beams goes without --repetition-penalty, which is 1.2"),
     ],
 )
 def test_mistakes_are_told_in_a_line(run, capsys, flags, said):

@@ -139,6 +139,25 @@ def test_tasks_of_a_kind_share_the_batch_at_their_rates(tmp_path):
     assert [info.name for info in data.tasks] == ["colours", "pairs"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "sizes", "expected"),
+    [({}, (40, 40), 0.5), ({}, (60, 20), 0.75), ({"task_rates": "equal"}, (60, 20), 0.5)],
+)
+def test_examples_not_rows_are_drawn_at_the_rates(settings, sizes, expected, tmp_path, monkeypatch):
+    def make(name, letters):
+        return lambda train: dataclasses.replace(toy_tasks.reverse(train, letters=letters), name=name)
+
+    monkeypatch.setattr(toy_tasks, "short", make("short", 1), raising=False)  # six of these fill a row,
+    monkeypatch.setattr(toy_tasks, "long", make("long", 8), raising=False)  # two of these
+    names = ({"name": f"toy_tasks:{name}", "train": n} for name, n in zip(("short", "long"), sizes, strict=True))
+    data = prepared(data_config(*names, **settings), prompt_rows(), tmp_path)
+    drawn = np.zeros(2)
+    for step in range(200):
+        rows = data.train.rows(step, slice(None))
+        np.add.at(drawn, rows["task"], rows["segment_ids"].max(axis=1))
+    assert drawn[0] / drawn.sum() == pytest.approx(expected, abs=0.02)
+
+
 def test_validation_covers_each_example_once_and_pads_with_weight_zero(tmp_path):
     data = prepared(data_config("toy_tasks:colours"), classify_rows(), tmp_path, eval_batch_size=4)
     source = data.valid["valid"]

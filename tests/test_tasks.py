@@ -139,6 +139,8 @@ def test_text_choices_and_dialogues_are_read_from_jsonl(tmp_path):
 BAD = {
     "bad label": ("classification", "x.tsv", "text\tlabel\na\tx\nb\tz\nc\ty\n", 3, "label 'z' is unknown; allowed: x"),
     "empty text": ("classification", "x.tsv", "text\tlabel\na\tx\n \ty\nc\ty\n", 3, "empty text"),
+    "empty label": ("classification", "x.tsv", "text\tlabel\na\tx\nb\t\nc\ty\n", 3, "empty label"),
+    "empty tag": ("tagging", "x.conll", "a\tO\n\nb\t\n\ne\tB-y\n", 3, "empty tag"),
     "unequal columns": ("classification", "x.tsv", "text\tlabel\na\tx\nb\nc\ty\n", 3, r"1 columns in place of 2"),
     "bad quotes": ("classification", "x.csv", 'text,label\na,x\n"b"c,x\nc,y\n', 3, "expected"),
     "not JSON": ("classification", "x.jsonl", '{"text": "a", "label": "x"}\n{"text"\n', 2, "not JSON"),
@@ -195,6 +197,57 @@ def test_a_malformed_example_is_named_with_file_and_line_and_can_be_skipped_and_
     assert task.skipped["train"].count == 1
     (message,) = task.skipped["train"].messages
     assert message.startswith(path)
+
+
+GOOD = {"id": "1", "question": "Who?", "answers": [{"text": "cat", "answer_start": 2}]}
+SQUAD = {
+    "article without paragraphs": ({"title": "x"}, r"\(article 2.*no list under 'paragraphs'"),
+    "no article": (3, r"\(article 2.*no list under 'paragraphs'"),
+    "paragraphs are no list": ({"paragraphs": {"qas": []}}, r"\(article 2.*no list under 'paragraphs'"),
+    "paragraph without questions": ({"paragraphs": [{"context": "a"}]}, r"\(article 2, paragraph 1.*no list under"),
+    "question is a text": ({"paragraphs": [{"context": "a", "qas": ["Who?"]}]}, r"\(article 2, paragraph 1, quest"),
+    "no answers": ({"paragraphs": [{"context": "a", "qas": [{"id": "2", "question": "Who?"}]}]},
+                   r":\d+ \(question 2\): no list under 'answers'"),
+    "start is a text": ({"paragraphs": [{"context": "a", "qas": [
+        {"id": "2", "question": "Who?", "answers": [{"text": "a", "answer_start": "0"}]}]}]},
+        r":\d+ \(question 2\): no whole number under 'answer_start'"),
+    "question is null": ({"paragraphs": [{"context": "a", "qas": [GOOD | {"id": "2", "question": None}]}]},
+                         r":\d+ \(question 2\): no text under 'question'"),
+    "context is null": ({"paragraphs": [{"context": None, "qas": [GOOD | {"id": "2"}]}]},
+                        r":\d+ \(question 2\): no text under 'context'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SQUAD)
+def test_what_is_wrong_in_a_squad_file_is_malformed_with_its_place(tmp_path, what):
+    article, says = SQUAD[what]
+    good = {"paragraphs": [{"context": "a cat", "qas": [GOOD]}]}
+    path = write(tmp_path, "x.json", json.dumps({"data": [good, article, good]}, indent=1))
+    with pytest.raises(UserError, match=rf"x.json.*{says}") as error:
+        examples("span_qa", train=path, hold_out=0)
+    assert one_line(error)
+    task = load_task("span_qa", train=path, hold_out=0, malformed="skip")
+    assert len(task.examples("train")) == 2 and task.skipped["train"].count == 1
+
+
+@pytest.mark.parametrize("data", [{"paragraphs": []}, "text", None])
+def test_a_json_file_without_articles_is_no_squad_file(tmp_path, data):
+    path = write(tmp_path, "x.json", json.dumps({"data": data}))
+    with pytest.raises(UserError, match="x.json: no SQuAD file: a JSON object with a list under 'data' is needed"):
+        examples("span_qa", train=path, hold_out=0)
+
+
+def test_a_column_that_a_conll_file_lacks_is_named(tmp_path):
+    path = write(tmp_path, "x.conll", "a O\nb O\n\nc B\n")
+    for options in ({"tag": 5}, {"tag": -3}, {"word": 2}):
+        with pytest.raises(UserError, match=r"x.conll:1: no column (5|-3|2) in 2 columns"):
+            examples("tagging", train=path, labels=("O", "B"), hold_out=0, **options)
+
+
+def test_an_empty_label_is_no_class(tmp_path):
+    path = write(tmp_path, "x.tsv", "text\tlabel\na\tx\nfoo\t\nc\ty\n")
+    assert load_task("classification", train=path, hold_out=0).labels == ("x", "y")
+    assert Classify("a", " ", where="here").problem(()) == "empty label"
 
 
 def test_skipping_counts_all_and_shows_the_first_few(tmp_path):

@@ -20,6 +20,16 @@ from gpt_jax.files import atomic_write
 from gpt_jax.tasks import Task, load_task
 
 METHODS = ("copy", "eda", "lm", "lm_prefix", "mlm", "text")
+_LEAST = {  # of the flags that count something
+    "per_class": 0,
+    "count": 1,
+    "oversample": 1,
+    "steps": 1,
+    "length": 2,
+    "prefix_words": 1,
+    "documents": 1,
+    "max_tokens": 1,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +69,9 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     if overrides:
         raise UserError(f"augment takes no --config.{next(iter(overrides))}: its settings are flags.")
     choose("--method", args.method, METHODS)
+    for name, least in _LEAST.items():
+        if (value := getattr(args, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
     out = pathlib.Path(args.out)
     if args.method == "text":
         summary = _text(args, out)
@@ -84,7 +97,7 @@ def _examples(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
         rng=rng,
         filters=make_filters(args, task),
         refused=held_out_texts(task),
-        oversample=max(1, args.oversample),
+        oversample=args.oversample,
     )
     provenance = {
         "generator": generator.name,

@@ -27,9 +27,13 @@ from gpt_jax.errors import UserError
 from gpt_jax.generation import generate
 from gpt_jax.loading import Loaded
 from gpt_jax.model import Mask, Transformer
+from gpt_jax.model.random import fold
 from gpt_jax.objectives.base import special_id
 from gpt_jax.objectives.masked_lm import MaskedLM
 from gpt_jax.objectives.supervised import PromptRows, Supervised
+from gpt_jax.sampling import Sampling
+
+_ROWS = 64  # of originals that tokens are substituted in at once: the logits of all of them may not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +174,7 @@ class MaskedSubstitution:
 
     Args:
       run: a pre-trained masked_lm. labels, recipe: as in LabelLM. rate: part of the tokens hidden (one at least).
-      per_example: texts of each original at a call. temperature: of the draws.
+      per_example: texts of each original at a call. temperature: of the draws; 0 takes the most likely token.
     """
 
     name = "mlm"
@@ -186,7 +190,8 @@ class MaskedSubstitution:
         per_example: int = 8,
         temperature: float = 1.0,
     ):
-        self.run, self.rate, self.per_example, self.temperature = run, rate, per_example, temperature
+        self.run, self.rate, self.per_example = run, rate, per_example
+        self.temperature = Sampling(temperature).temperature
         tokenizer = run.tokenizer
         self.eot, self.sep, self.mask = (special_id(tokenizer.specials, name) for name in ("eot", "sep", "mask"))
         specials = tuple(tokenizer.specials.values())
@@ -210,7 +215,7 @@ class MaskedSubstitution:
         for _ in range(self.per_example):
             draws = np.random.default_rng(rng.getrandbits(63))
             hidden = self.choose(rows["target_weights"] > 0, draws)
-            ids, logp = (np.asarray(x) for x in self._fill(params, rows, hidden, jax.random.key(rng.getrandbits(31))))
+            ids, logp = self.fill(params, rows, hidden, jax.random.key(rng.getrandbits(31)))
             for i, owner in enumerate(encoded.owners.tolist()):
                 used = int((rows["segment_ids"][i] > 0).sum())
                 text = self.run.tokenizer.decode(ids[i, prefix[i] : used].tolist())
@@ -226,8 +231,24 @@ class MaskedSubstitution:
             row[rng.choice(places, min(len(places), max(1, round(self.rate * len(places)))), replace=False)] = True
         return hidden
 
-    def _fill_in(self, params: Any, rows: Mapping[str, Any], hidden: Any, key: Any) -> tuple[Any, Any]:
-        """Draws the hidden tokens: (ids, their log-probabilities), [B, T]; specials are never drawn."""
+    def fill(
+        self, params: Any, rows: Mapping[str, np.ndarray], hidden_BxT: np.ndarray, key: Any, chunk: int = _ROWS
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draws the hidden tokens, `chunk` rows at a time: (ids, their log-probabilities), [B, T].
+
+        A row's draws depend on `key` and its number alone; specials are never drawn.
+        """
+        n = len(hidden_BxT)
+        chunk, parts = min(chunk, n), []
+        for start in range(0, n, chunk):
+            numbers = np.arange(start, start + chunk)
+            at = np.minimum(numbers, n - 1)  # the last chunk is filled up with the last row, and compiles nothing new
+            some = {name: values[at] for name, values in rows.items()}
+            parts.append(jax.device_get(self._fill(params, some, hidden_BxT[at], key, numbers)))
+        ids, logp = (np.concatenate(found)[:n] for found in zip(*parts, strict=True))
+        return ids, logp
+
+    def _fill_in(self, params: Any, rows: Mapping[str, Any], hidden: Any, key: Any, numbers: Any) -> tuple[Any, Any]:
         model = self.tuner.objective.model
         inputs = jnp.where(hidden, self.mask, rows["tokens"])
         states, _ = model.apply(
@@ -238,7 +259,10 @@ class MaskedSubstitution:
             method="encode",
         )
         logits = model.apply({"params": params}, states, method="unembed")[..., : model.config.vocab_size]
-        logits = jnp.where(self.hidden_from_draws, -1e30, logits) / self.temperature
-        drawn = jax.random.categorical(key, logits)
+        logits = jnp.where(self.hidden_from_draws, -1e30, logits) / (self.temperature or 1.0)
+        if self.temperature == 0:
+            drawn = jnp.argmax(logits, axis=-1)
+        else:
+            drawn = jax.vmap(lambda number, row: jax.random.categorical(fold(key, number), row))(numbers, logits)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], -1)[..., 0]
         return jnp.where(hidden, drawn, rows["tokens"]), log_p

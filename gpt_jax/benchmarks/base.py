@@ -6,8 +6,10 @@ examples only, and joined by blank lines. One benchmark is one file of this fold
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,7 @@ from gpt_jax.data.splits import held_out
 from gpt_jax.errors import UserError, choose, nearest
 from gpt_jax.options import import_path
 from gpt_jax.predictions import spread
-from gpt_jax.score import NORMALISATIONS, Scorer, normalise
+from gpt_jax.score import NORMALISATIONS, Scorer, normalise, split_pair
 from gpt_jax.tasks.base import REGISTRY as TASKS
 
 # One line per family; 'name:argument' passes the argument. Other names are those of gpt_jax.tasks.
@@ -127,17 +129,24 @@ def load_benchmark(spec: str, split: str = "test") -> Benchmark:
     return few_shot(spec, split)
 
 
-def draw_demonstrations(pool: Sequence[Item], item: Item, shots: int, seed: int, index: int) -> list[Item]:
-    """Draws `shots` items for the item of this index, without replacement and never one that shares its document."""
+def draw_demonstrations(pool: Sequence[Item], item: Item, shots: int, seed: int) -> list[Item]:
+    """Draws `shots` items for an item, without replacement and never one that shares its document.
+
+    They are of its group, or of any if the pool has none of it; the draw depends on the item's text, not on its place.
+    """
     if not shots:
         return []
-    order = np.random.default_rng((seed, index)).permutation(len(pool))
-    drawn = []
-    for row in order:
-        if pool[row].identity != item.identity:
-            drawn.append(pool[row])
-            if len(drawn) == shots:
-                return drawn
+    text = hashlib.blake2b("\n".join(map("".join, item.pairs)).encode("utf-8"), digest_size=8).digest()
+    order = np.random.default_rng((seed, int.from_bytes(text, "little"))).permutation(len(pool))
+    drawn: list[Item] = []
+    for own in (True, False):
+        for row in order:
+            if pool[row].identity != item.identity and (not own or pool[row].group == item.group):
+                drawn.append(pool[row])
+                if len(drawn) == shots:
+                    return drawn
+        if drawn:
+            break
     raise UserError(f"{shots} demonstrations are asked for, but there are {len(drawn)} examples to draw them from.")
 
 
@@ -194,8 +203,8 @@ def run_benchmark(
     if not items:
         raise UserError(f"benchmark {benchmark.name} has no items.")
     prompts, shown = [], []
-    for index, item in enumerate(items):
-        drawn = draw_demonstrations(pool, item, shots, seed, index)
+    for item in items:
+        drawn = draw_demonstrations(pool, item, shots, seed)
         room = benchmark.max_tokens if benchmark.kind == "generate" else 0
         prompt, number = fit_prompt(item, drawn, benchmark.separator, scorer, room)
         prompts.append(prompt)
@@ -215,26 +224,33 @@ def run_benchmark(
 
 
 def fit_prompt(item: Item, drawn: Sequence[Item], separator: str, scorer: Scorer, room: int) -> tuple[str, int]:
-    """Returns the text before the item's context, of as many demonstrations as fit, and their number.
+    """Returns the text before the item's context, of as many demonstrations as fit whole, and their number.
 
     Args:
-      room: tokens to leave free for a generated text.
+      room: tokens to leave free for a generated text; 0: the options are scored.
     """
-    drawn = list(drawn)
-    if not drawn:
-        return "", 0
-    own = max(len(scorer.tokenizer.encode(context + option)) for context, option in item.pairs)
-    sizes = [len(scorer.tokenizer.encode(demonstration.solved + separator)) for demonstration in drawn]
-    while drawn and sum(sizes) + own + room + 1 > scorer.max_length:
-        drawn.pop(0)
-        sizes.pop(0)
-    return "".join(demonstration.solved + separator for demonstration in drawn), len(drawn)
+    blocks = [demonstration.solved + separator for demonstration in drawn]
+
+    def fits(before: str) -> bool:
+        if room:  # as `fit_texts` cuts
+            return len(scorer.tokenizer.encode(before + item.context)) <= scorer.max_length - room - _MARGIN
+        pairs = [split_pair(scorer.tokenizer, before + c, o, boundary=scorer.boundary) for c, o in item.pairs]
+        longest = max(len(context) + len(option) for context, option in pairs)
+        return len(scorer.begin) + longest - 1 <= scorer.max_length
+
+    # Tokens of a text are not the sum of its parts', so the whole is encoded, at most about log2 of the shots times.
+    left_out = bisect.bisect_left(range(len(blocks)), True, key=lambda n: fits("".join(blocks[n:])))
+    return "".join(blocks[left_out:]), len(blocks) - left_out
 
 
 def _scored(
     benchmark: Benchmark, scorer: Scorer, items: Sequence[Item], prompts: Sequence[str], how: str
 ) -> dict[str, np.ndarray]:
-    """Values of each item, by metric; "chosen" is the index of the chosen option."""
+    """Values of each item, by metric; "chosen" is the index of the chosen option.
+
+    Where the right option is one of k that are equally good, an item counts 1/k; "accuracy_sum_first", of items with
+    such ties, is what it is if the first of them is chosen.
+    """
     pairs = [(before + c, o) for item, before in zip(items, prompts, strict=True) for c, o in item.pairs]
     scores = scorer.score(pairs)
     starts = np.cumsum([0, *[len(item.options) for item in items]])
@@ -251,13 +267,18 @@ def _scored(
         found = scorer.score([(benchmark.unconditional, option) for item in items for _, option in item.pairs])
         empty = [found[a:b] for a, b in itertools.pairwise(starts)]
     for name in ("sum", "token", "byte", *(["unconditional"] if empty else [])):
-        chosen = [
-            int(np.argmax([normalise(s, name, e) for s, e in zip(row, empty[i] if empty else row, strict=True)]))
+        values = [
+            np.array([normalise(s, name, e) for s, e in zip(row, empty[i] if empty else row, strict=True)])
             for i, row in enumerate(each)
         ]
+        chosen = np.array([int(np.argmax(row)) for row in values])
+        best = [row == row.max() for row in values]
+        right = np.array([row[answer] / max(1, row.sum()) for row, answer in zip(best, answers, strict=True)])
         if name == how:
-            out = {"chosen": np.array(chosen), "accuracy": (np.array(chosen) == answers).astype(float), **out}
-        out[f"accuracy_{name}"] = (np.array(chosen) == answers).astype(float)
+            out = {"chosen": chosen, "accuracy": right, **out}
+        out[f"accuracy_{name}"] = right
+        if max(row.sum() for row in best) > 1:
+            out[f"accuracy_{name}_first"] = (chosen == answers).astype(float)
     return out
 
 
@@ -294,7 +315,7 @@ def _task_metrics(benchmark: Benchmark, predictions: Sequence[Any], items: Seque
     """The task's own metrics; standard errors of items where a metric is their mean, bootstrapped ones elsewhere."""
     out = dict(benchmark.score(predictions, items))
     drawn: dict[str, list[float]] = collections.defaultdict(list)
-    means = all(name in _MEANS for name in out)
+    means = all(name.partition("/")[0] in _MEANS for name in out)
     rng = np.random.default_rng(0)
     for i in range(len(items) if means else _RESAMPLES):
         rows = [i] if means else rng.integers(0, len(items), len(items)).tolist()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import pathlib
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +38,11 @@ def read_rows(path: str, **fields: type | tuple[type, ...]) -> list[dict[str, An
 
 
 def read_archive(path: str, **fields: type | tuple[type, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (name of the member without folder and ending, object) of the .jsonl files of a tar archive, sorted."""
+    """Yields (name of the member without folder and ending, object) of the .jsonl files of a tar archive, sorted.
+
+    Raises:
+      UserError: an archive that is missing, damaged or truncated, or a malformed line (file, member and line named).
+    """
     found = pathlib.Path(expand_variables(path))
     try:
         with tarfile.open(found) as archive:
@@ -54,8 +60,11 @@ def read_archive(path: str, **fields: type | tuple[type, ...]) -> Iterator[tuple
                         raise UserError(f"{where}: not JSON ({error}).") from None
                     _check(value, fields, where)
                     yield name, value
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{found} cannot be read: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{found}:{member.name}: not valid UTF-8 ({error.reason}).") from None
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
+        why = str(error).partition("\n")[0].rstrip(":.")  # tarfile's message goes on, a line for each compression
+        raise UserError(f"{found} cannot be read: {why}.") from None
 
 
 def _check(value: Any, fields: dict[str, Any], where: str) -> None:

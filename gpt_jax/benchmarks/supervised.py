@@ -89,7 +89,7 @@ def _dialogue(task: Any, example: Dialogue) -> Item:
 
 
 def _item(context: str, options: Sequence[str], answer: int, example: Example) -> Item:
-    return Item(context, tuple(options), answer, document=example.document, example=example)
+    return Item(context, tuple(options), answer, group=example.group, document=example.document, example=example)
 
 
 _MAKERS: dict[str, Callable[[Any, Any], Item]] = {

@@ -60,7 +60,12 @@ def max_pool(
 
     Returns:
       [texts, ...].
+
+    Raises:
+      UserError: no texts.
     """
+    if not len(texts):
+        raise UserError("there are no texts to score; at least 1 is needed.")
     parts = [split_windows(text, budget, stride) for text in texts]
     scores = np.asarray(score([window for part in parts for window in part]))
     ends = np.cumsum([len(part) for part in parts])

@@ -119,7 +119,7 @@ def load_tasks(specs: Sequence[Any], kind: str, what: str) -> tuple[list[Task], 
 
 
 def mixing_rates(sizes: Sequence[int], rates: str, cap: int, temperature: float) -> list[float]:
-    """Returns r ~ min(e, cap)^(1/temperature), summing to 1 (T5, section 3.5.2), or equal rates.
+    """Returns r ~ min(e, cap)^(1/temperature) of drawn examples, summing to 1 (T5, section 3.5.2), or equal rates.
 
     Args:
       sizes: examples of each task. cap: T5's artificial limit K. temperature: 1 is proportional.
@@ -165,7 +165,9 @@ def task_sources(
         train: Any = TrainSource(makers[0], order, seed, tasks[0].name, whole=False)
     else:
         sizes = [len(maker.examples) for maker in makers]
-        weights = mixing_rates(sizes, data.task_rates, data.task_cap, data.task_temperature)
+        rates = mixing_rates(sizes, data.task_rates, data.task_cap, data.task_temperature)
+        # Rows are drawn, which may hold several examples (packed) or a part of one (windows).
+        weights = [r * m.rows_per_epoch / e for r, m, e in zip(rates, makers, sizes, strict=True)]
         seed = mix(seed, zlib.crc32(part.encode()), 7)
         train = MixtureSource(makers, weights, [t.name for t in tasks], order, seed, whole=False)
     return train, valid, infos, counts

@@ -69,10 +69,23 @@ class _Composition(Objective):
         return batch[name]
 
     def init(self, key: Array, batch: Batch) -> Params:
-        """Children are initialised in order; a root that an earlier child made is shared, and must be the same tree."""
+        """Children are initialised in order; a root that an earlier child made is shared, and must be the same tree.
+
+        Raises:
+          UserError: it is not, or it is a head whose outputs are the labels of other tasks.
+        """
         roots: Params = {}
+        makers: dict[str, str] = {}
         for name, child in self.children.items():
             for root, tree in child.init(key, self._part(batch, name)).items():
+                maker = makers.setdefault(root, name)
+                own, others = (_labels(self.children[part]) for part in (name, maker))
+                if root != "model" and own and others and own != others:
+                    raise UserError(
+                        f"objectives {maker!r} ({', '.join(task for task, _ in others)}) and {name!r} "
+                        f"({', '.join(task for task, _ in own)}) would share the head {root!r}, but not its labels: "
+                        "name the tasks of both in one of them."
+                    )
                 if root in roots and _shapes(roots[root]) != _shapes(tree):
                     raise UserError(f"objective {name!r} shares the root {root!r}, but its parameters differ.")
                 roots.setdefault(root, tree)
@@ -120,6 +133,12 @@ class _Composition(Objective):
     def _keys(self, child: Objective, part: Batch, keys: Array, name: str) -> Array:
         # A child's rows are the first of the batch's, also within a micro-batch, which takes every n-th row.
         return fold_name(keys[: child.num_rows(part)], name)
+
+
+def _labels(objective: Objective) -> list[tuple[str, tuple[str, ...]]]:
+    """(name, labels) of the tasks whose labels the outputs of an objective's head are."""
+    tasks = getattr(objective, "tasks", ())
+    return [] if isinstance(tasks, Mapping) else [(task.name, task.labels) for task in tasks if task.labels]
 
 
 def _shapes(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
@@ -203,6 +222,11 @@ class Sum(_Composition):
 
     terms: Mapping[str, Any] = option({}, "{name: {'name': objective, 'coef': 1.0, options...}}")
 
+    @property
+    def tasks(self) -> Any:
+        """Of the first term that has any: all are built for the same."""
+        return next((child.tasks for child in self.children.values() if getattr(child, "tasks", ())), ())
+
     @classmethod
     def rows(cls, options: Mapping[str, Any], host: Host) -> Any:
         found = [
@@ -210,8 +234,11 @@ class Sum(_Composition):
             for spec in options.get("terms", {}).values()
         ]
         other = next((rows for rows in found if rows is not None), None)
-        if any(rows is not None and rows is not other for rows in found):
-            raise UserError("the terms of a sum share one batch; use a mixture for objectives with rows of their own.")
+        if any(rows is not None and rows != other for rows in found):
+            raise UserError(
+                "the terms of a sum share one batch, but their rows differ; use a mixture for objectives with rows of "
+                "their own."
+            )
         return other
 
     @classmethod
@@ -231,6 +258,11 @@ class Sum(_Composition):
         for child in self.children.values():
             specs |= child.batch_spec(batch_size, context_length)
         return specs
+
+    def predict(self, params: Params, batch: Batch) -> dict[str, Array]:
+        """The predictions of the first term that makes any."""
+        able = [child for child in self.children.values() if type(child).predict is not Objective.predict]
+        return able[0].predict(params, batch) if able else super().predict(params, batch)
 
     def _part(self, batch: Batch, name: str) -> Batch:
         return batch

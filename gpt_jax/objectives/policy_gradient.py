@@ -39,6 +39,7 @@ from gpt_jax.model import Mask, Transformer
 from gpt_jax.objectives.base import Batch, Host, Objective, Params, check_options
 from gpt_jax.objectives.supervised import MASKS, PromptRows, Supervised
 from gpt_jax.options import option
+from gpt_jax.rewards import read_specs
 
 # What an algorithm is, where the config does not say otherwise.
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -222,8 +223,7 @@ class PolicyGradient(Objective):
 
     @property
     def reward_names(self) -> list[str]:
-        specs = [{"name": spec} if isinstance(spec, str) else spec for spec in self.rewards]
-        return [spec.get("as") or spec["name"].rpartition(":")[2] for spec in specs]
+        return [spec["as"] for spec in read_specs(self.rewards)]
 
     def token_log_probs(self, params: Any, batch: Batch, keys_B: Array | None) -> tuple[Array, Array]:
         """(log-probability of each target, entropy without gradient) under softmax(logits / temperature), [B, T]."""

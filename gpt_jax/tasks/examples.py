@@ -258,8 +258,10 @@ def _unwritable(what: str, text: str) -> str:
 
 
 def _bad_label(what: str, label: str, labels: Sequence[str]) -> str:
-    if not labels or label in labels:
+    if label in labels or (not labels and label.strip()):
         return ""
+    if not label.strip():
+        return f"empty {what}"
     shown = ", ".join(labels[:12]) + ", ..." * (len(labels) > 12)
     return f"{what} {_short(label)} is unknown{nearest(label, labels)}; allowed: {shown}"
 

@@ -233,6 +233,6 @@ def preferences(
 
 
 def _names(path: str, read: Callable, names: Callable[..., Iterable[str]]) -> tuple[str, ...]:
-    """Returns the labels of a training file, sorted."""
+    """Returns the labels of a training file, sorted; an empty one is none."""
     found = read(pathlib.Path(expand_variables(path)))
-    return tuple(sorted({name for item in found if not isinstance(item, Malformed) for name in names(item)}))
+    return tuple(sorted({n for item in found if not isinstance(item, Malformed) for n in names(item) if n.strip()}))

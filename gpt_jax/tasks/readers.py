@@ -20,6 +20,8 @@ from gpt_jax.data.readers import file_format, open_stream, read_lines
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.tasks.examples import Example, Malformed, SpanQA
 
+_JSON_NAMES = {str: "text", int: "whole number", list: "list"}
+
 
 class BadRow(Exception):
     """Raised by what makes an example of a row: the message says what is wrong with it."""
@@ -128,7 +130,8 @@ def read_conll(path: pathlib.Path, word: int = 0, tag: int = -1) -> Iterator[Row
 
     Args:
       word, tag: numbers of their columns, from 0; columns are apart by tabs, or by spaces in a file without tabs.
-        Lines of -DOCSTART- are left out. A sentence with a line of another number of columns is malformed.
+        Lines of -DOCSTART- are left out. A sentence with a line of another number of columns is malformed, as is one
+        without the columns asked for.
     """
     lines = ((number, line.rstrip("\r\n")) for number, line in read_lines(path))
     width = None
@@ -144,15 +147,22 @@ def read_conll(path: pathlib.Path, word: int = 0, tag: int = -1) -> Iterator[Row
             if len(values) != width and not problem:
                 problem = Malformed(f"{path}:{number}", f"{len(values)} columns in place of {width}: {line[:60]!r}")
             sentence.append((number, values))
+        missing = [column for column in (word, tag) if sentence and not -width <= column < width]
         if problem:
             yield problem
+        elif missing:
+            yield Malformed(f"{path}:{sentence[0][0]}", f"no column {missing[0]} in {width} columns, counted from 0")
         elif sentence:
             words, tags = (tuple(values[column] for _, values in sentence) for column in (word, tag))
             yield Row(f"{path}:{sentence[0][0]}", {"words": words, "tags": tags})
 
 
 def read_squad(path: pathlib.Path) -> Iterator[SpanQA | Malformed]:
-    """Yields the questions of a SQuAD JSON file; an answer given several times is kept once."""
+    """Yields the questions of a SQuAD JSON file; an answer given several times is kept once.
+
+    Raises:
+      UserError: no JSON, or none with a list of articles under 'data'; what is wrong within it is yielded as malformed.
+    """
     with open_stream(path) as stream:
         data = stream.read()
     try:
@@ -163,21 +173,53 @@ def read_squad(path: pathlib.Path) -> Iterator[SpanQA | Malformed]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}).") from None
     except (KeyError, TypeError):
-        raise UserError(f"{path}: no SQuAD file: a JSON object with 'data' is needed.") from None
+        articles = None
+    if not isinstance(articles, list):
+        raise UserError(f"{path}: no SQuAD file: a JSON object with a list under 'data' is needed.")
     at, line = 0, 1
-    for article in articles:
-        for paragraph in article["paragraphs"]:
-            for question in paragraph["qas"]:
-                name = str(question.get("id"))
-                found = text.find(json.dumps(name), at)
-                if found >= 0:
-                    line, at = line + text.count("\n", at, found), found
-                where = f"{path}:{line} (question {name})"
-                try:
-                    answers = dict.fromkeys((a["text"], a["answer_start"]) for a in question["answers"])
-                    yield SpanQA(name, question["question"], paragraph["context"], tuple(answers), where=where)
-                except (KeyError, TypeError) as error:
-                    yield Malformed(where, f"no SQuAD question ({error!r})")
+    for place, paragraph, question in _squad_questions(articles):
+        where, name = f"{path} ({place})", ""
+        if isinstance(question, dict):
+            name = str(question.get("id"))
+            found = text.find(json.dumps(name), at)
+            if found >= 0:
+                line, at = line + text.count("\n", at, found), found
+            where = f"{path}:{line} (question {name})"
+        try:
+            if isinstance(question, BadRow):
+                raise question
+            answers = dict.fromkeys(
+                (_under(answer, "text", str), _under(answer, "answer_start", int))
+                for answer in _under(question, "answers", list)
+            )
+            asked, context = _under(question, "question", str), _under(paragraph, "context", str)
+            yield SpanQA(name, asked, context, tuple(answers), where=where)
+        except BadRow as error:
+            yield Malformed(where, str(error))
+
+
+def _squad_questions(articles: list) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (place, paragraph, question); the question is a BadRow where there is no list to find it in."""
+    for a, article in enumerate(articles, 1):
+        for p, paragraph in enumerate(_entries(article, "paragraphs"), 1):
+            for q, question in enumerate(_entries(paragraph, "qas"), 1):
+                yield f"article {a}, paragraph {p}, question {q}", paragraph, question
+
+
+def _entries(value: Any, name: str) -> list:
+    """Returns the list under a name, or a BadRow alone that says that there is none."""
+    try:
+        return [value] if isinstance(value, BadRow) else _under(value, name, list)
+    except BadRow as error:
+        return [error]
+
+
+def _under(value: Any, name: str, kind: type) -> Any:
+    """Returns what a JSON object has under a name, if it is of the kind; else raises BadRow."""
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise BadRow(f"no {_JSON_NAMES[kind]} under {name!r}")
+    return found
 
 
 def read_babi(archive: pathlib.Path, task: str, split: str) -> Iterator[Row | Malformed]:
