@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given more than once")
     parser.add_argument("--prompts-file", default="", metavar="FILE", help="prompts, one a line; '-' is standard input")
     parser.add_argument("--interactive", action="store_true", help="read a prompt a line and answer each as it comes")
-    parser.add_argument("--max-tokens", type=int, help="tokens generated per prompt; default: 100")
+    parser.add_argument(
+        "--max-tokens", type=int, help="tokens generated per prompt; default: 100, or what fits learned positions"
+    )
     parser.add_argument("--num-samples", type=int, help="continuations of each prompt; default: 1")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: 0.8")
     parser.add_argument("--top-k", type=int, help="keep the k most likely tokens; default: 0, off")
@@ -92,6 +94,16 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
             f"the run in {args.workdir!r} has the objective {objective!r}, which does not teach it to continue a text; "
             "start one that does from its weights (init.from)."
         )
+    if run.bidirectional_prompt:
+        for flag in ("beams", "choice", "html", "logprobs"):
+            if getattr(args, flag):
+                raise UserError(
+                    f"--{flag} reads a prompt from left to right, but the run in {args.workdir!r} was trained to see "
+                    "all of it at once (objective.mask=prefix)."
+                )
+    if "max_tokens" not in given and run.model.config.positions == "learned":
+        longest = max((len(_prompt_ids(run, prompt)) for prompt in prompts), default=1)
+        args.max_tokens = max(1, min(args.max_tokens, run.model.config.max_positions - longest))
     settings = dict(max_tokens=args.max_tokens, sampling=sampling, stop=args.stop)
     if args.interactive:
         for number, line in enumerate(_typed_lines()):
@@ -234,7 +246,8 @@ def continue_prompts(
 
     Args:
       run: of `load`, or a Scorer: what has model, params and tokenizer. prompts: texts; more than MAX_ROWS are
-        batched continuously. stop: a text ends before the first of these. seed: prompt i has seed + i.
+        batched continuously (not where a prompt's tokens see each other). stop: a text ends before the first of these.
+        seed: prompt i has seed + i.
       live: where the first prompt and its continuation are written as they come, always valid UTF-8.
 
     Returns:
@@ -243,7 +256,8 @@ def continue_prompts(
     eot = run.tokenizer.eot
     ids = check_prompts(run.model, [_prompt_ids(run, prompt) for prompt in prompts], max_tokens, eot)
     writers = [_Writer(run.tokenizer, stop, live if row == 0 else None) for row in range(len(ids))]
-    if len(ids) > MAX_ROWS and live is None:
+    both_ways = getattr(run, "bidirectional_prompt", False)
+    if len(ids) > MAX_ROWS and live is None and not both_ways:
         from gpt_jax.continuous import generate_continuously
 
         def ended(row: int, new: list[int]) -> bool:
@@ -265,6 +279,7 @@ def continue_prompts(
             eot=eot,
             seeds=[seed + row for row in rows],
             chunk=_CHUNK if live is not None or any(stop) else 0,
+            bidirectional_prompt=both_ways,
         )
         if live is not None and rows[0] == 0:
             live.write(prompts[0])

@@ -1,5 +1,6 @@
 """`gpt-jax sample` and `gpt_jax.load`: a run's workdir alone gives text, whole characters and the weights it should."""
 
+import dataclasses
 import io
 import json
 import re
@@ -10,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import gpt_jax
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.cli import main
 from gpt_jax.config import Config, to_dict
 from gpt_jax.data.tokenizer import ByteTokenizer
+from gpt_jax.generation import generate
 from gpt_jax.hooks import strip
 from gpt_jax.model import ModelConfig, Transformer
 from gpt_jax.objectives.causal_lm import CausalLM
-from gpt_jax.sample import continue_texts
+from gpt_jax.sample import continue_prompts, continue_texts
 from gpt_jax.sampling import Sampling
 from gpt_jax.sharding import make_mesh
 from gpt_jax.step import build_train_step
@@ -200,6 +203,32 @@ def test_mistaken_flags_are_told_before_anything_is_read(tmp_path, capsys):
     ):
         assert main(["sample", absent, flag]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_without_a_number_of_tokens_a_text_fills_the_learned_positions(run, capsys):
+    text = json.loads(sample(capsys, run[0], "--json", "--prompt=0123456789", "--temperature=0").splitlines()[-1])
+    assert len(text["samples"][0]["text"]) <= MODEL.max_positions - 11  # EOT and ten bytes
+
+
+def test_a_run_trained_under_a_prefix_mask_sees_all_of_a_prompt_at_once(run, monkeypatch, capsys):
+    plain = gpt_jax.load(run[0])
+    config = dataclasses.replace(plain.config, objective={"name": "supervised", "mask": "prefix"})
+    model = Transformer(
+        dataclasses.replace(MODEL, num_layers=2, init_std=0.5)
+    )  # of one layer the last token sees alike
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    plain = dataclasses.replace(plain, model=model, params=nn.unbox(params))
+    prefix = dataclasses.replace(plain, config=config)
+    prompts = ["a long prompt of bytes", "b", *(f"prompt {i}" for i in range(40))]
+    ids = [[256, *prompt.encode()] for prompt in prompts]
+    settings = dict(max_tokens=5, temperature=0.0, eot=256)
+    expected = generate(plain.model, plain.params, ids, bidirectional_prompt=True, **settings)
+    found = [new for _, new in continue_prompts(prefix, prompts, max_tokens=5, sampling=Sampling(0.0))]
+    assert found == expected != generate(plain.model, plain.params, ids, **settings)
+    monkeypatch.setattr("gpt_jax.sample.load", lambda *_, **__: prefix)
+    for flag in ("--beams=2", "--choice=x"):
+        assert main(["sample", "--workdir=run", "--prompt=a", flag]) == 1
+        assert "trained to see all" in capsys.readouterr().err
 
 
 def test_many_prompts_go_in_batches_of_like_length(run):
