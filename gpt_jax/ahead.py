@@ -83,6 +83,7 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     )
     config = fill_in(config, vocabulary_of(config))
     if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):
+        _check_cudnn(config, machine.chip.name)
         # cuDNN's kernels cannot be chosen without a GPU; these need about the memory that they do.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunks"))
     specials = config.data.tokenizer.specials
@@ -98,6 +99,20 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     if config.data.doc_mask and "tokens" in spec:
         spec = spec | {name: spec["tokens"] for name in ("segment_ids", "positions")}
     return config, make_step(config, objective, spec, mesh, schedule)
+
+
+def _check_cudnn(config: Config, chip: str) -> None:
+    """Refuses what the run would refuse of cuDNN's attention, where it is asked for by name."""
+    model, largest = config.model, 128 if chip == "a100" else 256
+    asked = {
+        "documents kept apart": config.data.doc_mask,
+        f"head sizes above {largest} on {chip}": model.key_size > largest,
+        "head sizes that 8 does not divide": model.key_size % 8,
+        "a sequence that the mesh cuts": config.mesh.sequence > 1,
+    }
+    missing = [what for what, asks in asked.items() if asks]
+    if model.attention == "cudnn" and missing:
+        raise UserError(f"model.attention is 'cudnn', which does not support {', '.join(missing)}.")
 
 
 def vocabulary_of(config: Config) -> int:

@@ -1,5 +1,6 @@
 """The command `gpt-jax plan`, on simulated devices; for TPUs and GPUs where their compilers are installed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,10 +9,11 @@ from test_topologies import needs_cuda, needs_libtpu
 from gpt_jax.ahead import abstract_step, count_params, used_bytes, vocabulary_of
 from gpt_jax.cli import main
 from gpt_jax.config import load
+from gpt_jax.errors import UserError
 from gpt_jax.model.config import count_parameters
 from gpt_jax.plan import _guess, largest
 from gpt_jax.presets import GPT3
-from gpt_jax.topologies import simulated
+from gpt_jax.topologies import CHIPS, simulated
 
 TINY = {
     "batch_size": "8",
@@ -95,6 +97,25 @@ def test_a_mistake_is_one_line_that_names_it(capsys, arguments, said):
     assert main(["plan", "--config=quickstart", *arguments]) == 1
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("chip", "overrides", "said"),
+    [
+        ("h100", {"mesh.sequence": "2"}, "a sequence that the mesh cuts"),
+        ("h100", {"data.doc_mask": "True"}, "documents kept apart"),
+        ("a100", {"model.head_dim": "192"}, "head sizes above 128 on a100"),
+        ("h100", {"model.head_dim": "192"}, ""),
+    ],
+)
+def test_a_plan_refuses_of_cudnn_what_the_run_would(chip, overrides, said):
+    machine = dataclasses.replace(simulated(8), chip=CHIPS[chip])
+    config = load("quickstart", TINY | {"model.dtype": "bfloat16", "model.attention": "cudnn"} | overrides)
+    if said:
+        with pytest.raises(UserError, match=f"model.attention is 'cudnn', which does not support {said}"):
+            abstract_step(config, machine)
+        config = load("quickstart", TINY | {"model.attention": "auto"} | overrides)
+    assert abstract_step(config, machine)[0].model.attention == "chunks"
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 6, 7, 40, 1000])
