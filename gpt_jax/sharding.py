@@ -111,6 +111,17 @@ def _lay_out(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def check_rules(rules: Any) -> None:
+    """Raises UserError for rules of `mesh.rules` that are no pairs or name a logical or mesh axis that there is not."""
+    for rule in rules:
+        if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+            raise UserError(f"mesh.rules has {rule!r}; a rule is a pair (logical axis, mesh axis), e.g. ('mlp', None).")
+        axis, target = rule
+        choose("a logical axis of mesh.rules", axis, dict.fromkeys(name for name, _ in DEFAULT_RULES))
+        for name in target if isinstance(target, (tuple, list)) else () if target is None else (target,):
+            choose(f"the mesh axis of {axis!r} in mesh.rules", name, AXES)
+
+
 def spec_for(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules, name: str) -> PartitionSpec:
     """Returns the PartitionSpec of an array with logical axes; raises UserError naming it if no rule's axis divides."""
     used: set[str] = set()
