@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pre-flight instead, on every host: devices, versions, config and data, memory, speeds, folders",
     )
     parser.add_argument("--workdir", default="", help="--here: the run's directory, to write to and read from")
+    parser.add_argument(
+        "--needed-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="--here: what a device needs (hbm_bytes_per_chip of a plan)",
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="--here: the time there is")
     cluster.add_arguments(parser)
     parser.add_argument("--max-batch", action="store_true", help="search the largest batch that fits")
@@ -57,7 +64,9 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         from gpt_jax.preflight import run_preflight
 
         environ = cluster.environment_of(args)
-        return run_preflight(config, workdir=args.workdir, seconds=args.seconds, environ=environ)
+        return run_preflight(
+            config, workdir=args.workdir, needed_bytes=args.needed_bytes, seconds=args.seconds, environ=environ
+        )
     machine = machine_of(args.topology, args.devices, config)
     say = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     compiled = compile_step(config, machine)
