@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import Config
 from gpt_jax.data.batches import resolve_batch_schedule
 from gpt_jax.errors import UserError
@@ -151,11 +152,17 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         * config.context_length
         * model_flops_per_token(params, config.model.num_layers, config.model.d_model, config.context_length),
     )
+    flags = None
+    if machine.chip:
+        flags = compile_options(machine.chip.platform, config.compiler.flags, config.compiler.extra)
     try:
         with step.context(), without_cache():
-            compiled = traced.lower().compile()
+            compiled = traced.lower().compile(compiler_options=flags)
     except jax.errors.JaxRuntimeError as error:
         used = used_bytes(str(error))
+        if re.search(r"compile option|setting option|into flag", str(error)):
+            said = str(error).splitlines()[0]
+            raise UserError(f"compiler.extra is {config.compiler.extra!r}; the compiler says: {said}") from None
         if used is None:
             raise
         state = shard_bytes(step)

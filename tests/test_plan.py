@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 from test_topologies import needs_cuda, needs_libtpu
 
-from gpt_jax.ahead import abstract_step, count_params, used_bytes, vocabulary_of
+from gpt_jax.ahead import abstract_step, compile_step, count_params, used_bytes, vocabulary_of
 from gpt_jax.cli import main
+from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import load
 from gpt_jax.errors import UserError
 from gpt_jax.model.config import count_parameters
@@ -116,6 +118,25 @@ def test_a_plan_refuses_of_cudnn_what_the_run_would(chip, overrides, said):
             abstract_step(config, machine)
         config = load("quickstart", TINY | {"model.attention": "auto"} | overrides)
     assert abstract_step(config, machine)[0].model.attention == "chunks"
+
+
+def test_a_plan_for_a_machine_is_compiled_with_the_flags_of_a_run_on_it(monkeypatch):
+    given = []
+    compile_ = jax.stages.Lowered.compile
+
+    def watched(self, compiler_options=None):
+        given.append(compiler_options)
+        return compile_(self, compiler_options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", watched)
+    machine = dataclasses.replace(simulated(2), chip=CHIPS["h100"])
+    compile_step(load("quickstart", TINY | {"model.num_layers": "1"}), machine)
+    assert given[0] == compile_options("gpu") != {}
+    extra = {"compiler.extra": "('--xla_gpu_enable_pipelined_all_gahter=true',)"}
+    with pytest.raises(
+        UserError, match="compiler.extra is .*No such compile option: 'xla_gpu_enable_pipelined_all_gah"
+    ):
+        compile_step(load("quickstart", TINY | extra), machine)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 6, 7, 40, 1000])
