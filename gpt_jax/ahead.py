@@ -43,6 +43,7 @@ class Compiled:
       model_flops: 6 N + 12 L D T per token. memory_traffic: bytes to and from HBM in a step.
       unknown_loops: loops whose length the program does not say, counted as `microbatches`.
       replicated: part of the parameters' bytes that every fsdp shard holds whole, and which those are.
+      stand_in: whether attention in chunks stands in for cuDNN's, whose memory traffic is less.
       program: whether the compiler made one; where the program does not fit it may refuse.
     """
 
@@ -59,6 +60,7 @@ class Compiled:
     unknown_loops: int
     replicated: tuple[float, list[str]]
     compile_s: float
+    stand_in: bool
     program: bool
 
     @property
@@ -137,6 +139,7 @@ def vocabulary_of(config: Config) -> int:
 
 def compile_step(config: Config, machine: Machine) -> Compiled:
     """Compiles a config's train step for a machine; raises UserError for a config that cannot be."""
+    asked = config.model.attention
     config, step = abstract_step(config, machine)
     started = time.perf_counter()
     traced = step.trace()
@@ -146,6 +149,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         config=config,
         mesh=dict(step.mesh.shape),
         params=params,
+        stand_in=config.model.attention != asked,
         flops=flops,
         replicated=replicated_bytes(step.abstract.all_params, step.param_shardings),
         model_flops=config.batch_size

@@ -56,6 +56,31 @@ def test_a_collective_beyond_its_host_is_told_from_one_within():
     beyond = program(lambda x: lax.psum(x, "fsdp") * 0.1, domains=hosts)
     assert [c.far for c in within.collectives] == [False]
     assert [c.far for c in beyond.collectives] == [True]
+    assert [c.beyond for c in beyond.collectives] == [c.bytes for c in beyond.collectives]  # a host's four are in four
+
+
+@pytest.mark.parametrize(
+    ("kind", "hosts", "part"),
+    [
+        # 16 devices on two hosts: of what a device sends to the fifteen others in turn, one part leaves its host
+        ("all-gather", [0] * 8 + [1] * 8, 1 / 15),
+        ("all-reduce", [0] * 8 + [1] * 8, 1 / 15),
+        ("reduce-scatter", list(range(16)), 1.0),
+        ("all-to-all", [0] * 8 + [1] * 8, 8 / 15),
+        ("collective-permute", [0, 1], 1.0),
+        ("all-gather", [3] * 8, 0.0),
+    ],
+)
+def test_the_devices_of_a_host_share_what_leaves_it(kind, hosts, part):
+    assert hlo._beyond(kind, hosts) == pytest.approx(part)
+
+
+def test_what_leaves_a_host_is_what_its_devices_must_hear_of_the_others():
+    """An all-gather by its definition: a host's four devices must receive the four shards of the other host."""
+    hosts = (0, 0, 0, 0, 1, 1, 1, 1)
+    found = program(lambda x: lax.all_gather(x, ("fsdp", "tensor")).sum(0), domains=hosts)
+    (one,) = [c for c in found.collectives if c.kind == "all-gather"]
+    assert 4 * one.beyond == pytest.approx(5 * 4 * SHARD) and one.bytes == pytest.approx(5 * 7 * SHARD)
 
 
 def test_a_loop_over_stacked_weights_reads_each_once_and_not_the_stack_each_time():

@@ -7,13 +7,14 @@ import jax
 import pytest
 from test_topologies import needs_cuda, needs_libtpu
 
-from gpt_jax.ahead import abstract_step, compile_step, count_params, used_bytes, vocabulary_of
+from gpt_jax.ahead import Compiled, abstract_step, compile_step, count_params, used_bytes, vocabulary_of
 from gpt_jax.cli import main
 from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import load
 from gpt_jax.errors import UserError
+from gpt_jax.hlo import Collective
 from gpt_jax.model.config import count_parameters
-from gpt_jax.plan import _guess, largest
+from gpt_jax.plan import _guess, largest, mfu_bound, roofline
 from gpt_jax.presets import GPT3
 from gpt_jax.topologies import CHIPS, simulated
 
@@ -130,13 +131,28 @@ def test_a_plan_for_a_machine_is_compiled_with_the_flags_of_a_run_on_it(monkeypa
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", watched)
     machine = dataclasses.replace(simulated(2), chip=CHIPS["h100"])
-    compile_step(load("quickstart", TINY | {"model.num_layers": "1"}), machine)
-    assert given[0] == compile_options("gpu") != {}
+    compiled = compile_step(load("quickstart", TINY | {"model.num_layers": "1"}), machine)
+    assert given[0] == compile_options("gpu") != {} and compiled.stand_in
     extra = {"compiler.extra": "('--xla_gpu_enable_pipelined_all_gahter=true',)"}
     with pytest.raises(
         UserError, match="compiler.extra is .*No such compile option: 'xla_gpu_enable_pipelined_all_gah"
     ):
         compile_step(load("quickstart", TINY | extra), machine)
+
+
+def test_mfu_is_bounded_by_what_the_run_itself_takes():
+    machine = dataclasses.replace(simulated(8), chip=CHIPS["h100"], group=4)
+    chip, gigabyte = machine.chip, 10**9
+    collectives = (Collective("all-gather", 1, 7 * gigabyte, 8, gigabyte),)
+    names = {field.name for field in dataclasses.fields(Compiled)}
+    known = dict(collectives=collectives, memory_traffic=chip.hbm, flops=chip.peak, model_flops=4 * chip.peak)
+    known |= dict(program=True, stand_in=False)
+    compiled = Compiled(**dict.fromkeys(names, 0) | known)
+    times = roofline(compiled, machine)
+    assert times == {"compute": 1 / 8, "hbm": 1, "link": 6 * gigabyte / chip.link, "network": gigabyte / chip.network}
+    assert mfu_bound(compiled, machine) == pytest.approx(0.5)  # a second of memory traffic for half a second's work
+    assert mfu_bound(dataclasses.replace(compiled, stand_in=True), machine) == pytest.approx(4.0)
+    assert mfu_bound(dataclasses.replace(compiled, program=False), machine) is None
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 6, 7, 40, 1000])
