@@ -249,11 +249,13 @@ def _trip_count(loop: Instruction, computations: dict) -> int | None:
     if noted:
         return int(noted[1])
     for name in _called(loop, "condition"):
+        lines = list(computations.get(name, ()))
+        lines += [j for i in lines for inner in _called(i, "calls") for j in computations.get(inner, ())]
         bounds = []
-        for i in computations.get(name, ()):
+        for i in lines:
             if i.opcode == "constant" and i.arguments.isdigit() and re.match(r"[su]\d+\[\]", i.type):
                 bounds.append(int(i.arguments))
-        compares = any("direction=LT" in i.rest or i.opcode == "fusion" for i in computations.get(name, ()))
+        compares = any("direction=LT" in i.rest or i.opcode == "fusion" for i in lines)
         if bounds and compares:
             return max(bounds)
     return None

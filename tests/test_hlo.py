@@ -136,6 +136,24 @@ def test_a_tpu_program_says_its_trips_by_its_condition_and_spreads_one_collectiv
     assert one.bytes == 12 * 3 * 16
 
 
+def test_a_loop_whose_condition_is_a_fusion_says_its_trips_there():
+    fused = """%compare (i: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  %three = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %three), direction=LT
+}
+
+%condition (c: (s32[], f32[4])) -> pred[] {
+  %c = (s32[], f32[4]{0}) parameter(0)
+  %at = s32[] get-tuple-element(%c), index=0
+  ROOT %go_on = pred[] fusion(%at), kind=kLoop, calls=%compare
+}
+"""
+    start, end = TEXT.index("%condition ("), TEXT.index("ENTRY")
+    found = hlo.read_program(f"{TEXT[:start]}{fused}\n{TEXT[end:]}", domains=(0,) * 8, trips=99)
+    assert found.unknown_loops == 0 and [c.count for c in found.collectives] == [3]
+
+
 def test_what_a_host_sends_to_other_slices_is_beyond_the_slice():
     head, tail = TEXT.split("  %f = f32[4]")
     send = (
