@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from gpt_jax.ahead import USABLE, Compiled, compile_step
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import totals
-from gpt_jax.sharding import MOST_REPLICATED
+from gpt_jax.sharding import too_replicated
 from gpt_jax.topologies import CHIPS, GIB, Machine, describe, simulated
 
 _MOST_TRIALS = 12  # compilations in a search
@@ -72,6 +73,9 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     compiled = compile_step(config, machine)
     result = summary(compiled, machine)
     say(table(compiled, machine))
+    whole = too_replicated(*compiled.replicated)
+    if whole:
+        print(f"gpt-jax: warning: {whole}", file=sys.stderr)
     if result["fits"] is False and not args.no_advice:
         say("does not fit; looking for what would ...")
         result["advice"] = advise(compiled, machine)
@@ -149,6 +153,7 @@ def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         "temporary_bytes_per_chip": compiled.temporary_bytes,
         "host_bytes_per_chip": compiled.host_bytes,
         "replicated_part": compiled.replicated[0],
+        "replicated": compiled.replicated[1],
         "flops_per_step": compiled.flops,
         "model_flops_per_step": compiled.model_flops,
         "flops_over_model_flops": compiled.flops / compiled.model_flops,
@@ -187,10 +192,6 @@ def table(compiled: Compiled, machine: Machine) -> str:
         ),
         _line("", f"{verdict}: {_gib(abs(spare))} {'to spare of' if spare >= 0 else 'more than'} the {USABLE:.0%}"),
     ]
-    part, names = c.replicated
-    if part > MOST_REPLICATED:
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        lines.append(_line("", f"{part:.1%} of the parameters' bytes are whole on every fsdp shard: {shown}"))
     if c.host_bytes:
         lines.append(_line("memory of its host", _gib(c.host_bytes)))
     lines.append(

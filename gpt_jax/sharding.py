@@ -270,11 +270,18 @@ def replicated_bytes(shapes: Any, shardings: Any) -> tuple[float, list[str]]:
     return sum(size for size, _ in found) / max(total, 1), [f"{name} ({size / 1e6:.3g} MB)" for size, name in found]
 
 
+def too_replicated(part: float, names: Sequence[str], at_most: float = MOST_REPLICATED) -> str:
+    """Returns a sentence that names the parameters of `replicated_bytes` if they are more than `at_most`; else ''."""
+    if part <= at_most:
+        return ""
+    return (
+        f"{part:.1%} of the parameters' bytes are whole on every fsdp shard (at most {at_most:.0%} should be): "
+        f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; add rules for their axes to mesh.rules."
+    )
+
+
 def check_sharded_enough(shapes: Any, shardings: Any, at_most: float = MOST_REPLICATED) -> None:
     """Raises UserError naming the parameters that FSDP leaves whole if they are more than `at_most` of the bytes."""
-    part, names = replicated_bytes(shapes, shardings)
-    if part > at_most:
-        raise UserError(
-            f"{part:.1%} of the parameters' bytes are whole on every fsdp shard (at most {at_most:.0%} should be): "
-            f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; add rules for their axes to mesh.rules."
-        )
+    message = too_replicated(*replicated_bytes(shapes, shardings), at_most)
+    if message:
+        raise UserError(message)

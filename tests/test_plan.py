@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
@@ -57,6 +58,22 @@ def test_a_plan_on_simulated_devices_says_what_closed_forms_say(capsys):
     assert result["collective_bytes"] > 2 * 4 * result["params"] * 7 / 8
     assert result["fits"] is True and result["mfu_bound"] is None and result["roofline_s"] == {}
     assert "fits: " in out and "simulated: 8 chips, data 1 x fsdp 8" in out
+
+
+def test_parameters_that_fsdp_leaves_whole_are_named_in_a_warning(capsys):
+    keys = {**TINY, "mesh.rules": "(('mlp', None), ('embed', None))", "model.num_layers": "1"}
+    assert (
+        main(["plan", "--config=quickstart", "--devices=2", "--json", *(f"--config.{k}={v}" for k, v in keys.items())])
+        == 0
+    )
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["replicated_part"] > 0.9 and "model/embedding (" in result["replicated"][0]
+    assert re.search(
+        r"^gpt-jax: warning: \d\d\d?.\d% of the parameters' bytes are whole .* model/embedding \(", err, re.M
+    )
+    main(["plan", "--config=quickstart", "--devices=2", "--json", *(f"--config.{k}={v}" for k, v in TINY.items())])
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_json_alone_is_one_line(capsys):
