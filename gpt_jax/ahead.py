@@ -82,7 +82,11 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     mesh = mesh_of(config, machine.devices)
     check_rows(config, mesh)
     schedule = resolve_batch_schedule(
-        config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
+        config.batch_schedule,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        steps=config.steps,
+        micro=config.batch_size // config.microbatches,
     )
     config = fill_in(config, vocabulary_of(config))
     if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):

@@ -178,8 +178,10 @@ class Config:
     batch_size: int = option(32, "global batch in sequences")
     context_length: int = option(256, "tokens of a sequence")
     microbatches: int = option(1, "pieces a batch is cut into: same gradient, less memory")
-    batch_schedule: tuple[tuple[str, int], ...] = option(
-        (), "smaller batches at first: ((until, sequences), ...), until as in optimizer.warmup"
+    batch_schedule: tuple[tuple[str, Any], ...] = option(
+        (),
+        "smaller batches at first: ((until, sequences), ...), until as in optimizer.warmup; (from, to) sequences grow "
+        "linearly in whole micro-batches, to 0 being batch_size",
     )
     deterministic: bool = option(False, "deterministic GPU kernels: bitwise repeatable, slower")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -137,6 +137,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         if None not in (a, b):
             if key == "steps" and b > a:
                 kind, note = FREE, _schedule_note(after)
+            if key == "microbatches" and any(isinstance(entry[1], list) for entry in after.get("batch_schedule", ())):
+                kind, note = NUMERICS, "the batch grows in whole micro-batches"
             if key in _SAME_PARAMETERS and _SAME_PARAMETERS[key](a, b):
                 kind, note = NUMERICS, ""
             learned = after.get("model.positions") == "learned"

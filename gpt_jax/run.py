@@ -114,7 +114,12 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     check_rows(config, mesh)
     check_spec(config.objective)
     schedule = resolve_batch_schedule(
-        config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
+        config.batch_schedule,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        steps=config.steps,
+        micro=config.batch_size // config.microbatches,
+        log=log,
     )
     config = following_init(config, log)
     data = prepare_data(

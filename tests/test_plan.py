@@ -12,6 +12,8 @@ from gpt_jax.ahead import Compiled, abstract_step, compile_step, count_params, u
 from gpt_jax.cli import main
 from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import load
+from gpt_jax.data.batches import resolve_batch_schedule
+from gpt_jax.data.ramp import rows_before
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import Collective
 from gpt_jax.model.config import count_parameters
@@ -85,6 +87,23 @@ def test_all_configs_of_gpt3_have_their_parameters_without_a_tokenizer():
     for name in ("gpt3_125m", "gpt3_13b"):
         config, step = abstract_step(load(name), simulated(8))
         assert count_params(step, config) == GPT3[name].parameters
+
+
+def test_the_batches_of_gpt3_grow_as_published_and_hold_its_tokens():
+    for name, preset in GPT3.items():
+        config = load(name)
+        micro = 16  # 32k tokens
+        schedule = resolve_batch_schedule(
+            config.batch_schedule,
+            batch_size=preset.batch_size,
+            context_length=2048,
+            steps=config.steps,
+            micro=micro,
+        )
+        assert schedule[0][1] == 16 and schedule[-1][1] == preset.batch_size - micro
+        assert 4e9 <= rows_before(schedule[-1][0], schedule, preset.batch_size) * 2048 <= 12.1e9
+        tokens = float(rows_before(config.steps, schedule, preset.batch_size)) * 2048
+        assert tokens == pytest.approx(300e9, rel=1e-4), name
 
 
 @pytest.mark.parametrize(
