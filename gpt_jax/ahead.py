@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import Config
 from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.errors import UserError
@@ -42,6 +43,7 @@ class Compiled:
       model_flops: 6 N + 12 L D T per token. memory_traffic: bytes to and from HBM in a step.
       unknown_loops: loops whose length the program does not say, counted as `microbatches`.
       replicated: part of the parameters' bytes that every fsdp shard holds whole, and which those are.
+      stand_in: whether attention in chunks stands in for cuDNN's, whose memory traffic is less.
       program: whether the compiler made one; where the program does not fit it may refuse.
     """
 
@@ -58,6 +60,7 @@ class Compiled:
     unknown_loops: int
     replicated: tuple[float, list[str]]
     compile_s: float
+    stand_in: bool
     program: bool
 
     @property
@@ -79,11 +82,16 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     mesh = mesh_of(config, machine.devices)
     check_rows(config, mesh)
     schedule = resolve_batch_schedule(
-        config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
+        config.batch_schedule,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        steps=config.steps,
+        micro=config.batch_size // config.microbatches,
     )
     order = BatchOrder(config.batch_size, schedule, config.data.skip)
     config = fill_in(config, vocabulary_of(config))
     if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):
+        _check_cudnn(config, machine.chip.name)
         # cuDNN's kernels cannot be chosen without a GPU; these need about the memory that they do.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunks"))
     specials = config.data.tokenizer.specials
@@ -99,6 +107,20 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     if config.data.doc_mask and "tokens" in spec:
         spec = spec | {name: spec["tokens"] for name in ("segment_ids", "positions")}
     return config, make_step(config, objective, spec, mesh, order)
+
+
+def _check_cudnn(config: Config, chip: str) -> None:
+    """Refuses what the run would refuse of cuDNN's attention, where it is asked for by name."""
+    model, largest = config.model, 128 if chip == "a100" else 256
+    asked = {
+        "documents kept apart": config.data.doc_mask,
+        f"head sizes above {largest} on {chip}": model.key_size > largest,
+        "head sizes that 8 does not divide": model.key_size % 8,
+        "a sequence that the mesh cuts": config.mesh.sequence > 1,
+    }
+    missing = [what for what, asks in asked.items() if asks]
+    if model.attention == "cudnn" and missing:
+        raise UserError(f"model.attention is 'cudnn', which does not support {', '.join(missing)}.")
 
 
 def vocabulary_of(config: Config) -> int:
@@ -122,6 +144,7 @@ def vocabulary_of(config: Config) -> int:
 
 def compile_step(config: Config, machine: Machine) -> Compiled:
     """Compiles a config's train step for a machine; raises UserError for a config that cannot be."""
+    asked = config.model.attention
     config, step = abstract_step(config, machine)
     started = time.perf_counter()
     traced = step.trace()
@@ -131,17 +154,24 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         config=config,
         mesh=dict(step.mesh.shape),
         params=params,
+        stand_in=config.model.attention != asked,
         flops=flops,
         replicated=replicated_bytes(step.abstract.all_params, step.param_shardings),
         model_flops=config.batch_size
         * config.context_length
         * model_flops_per_token(params, config.model.num_layers, config.model.d_model, config.context_length),
     )
+    flags = None
+    if machine.chip:
+        flags = compile_options(machine.chip.platform, config.compiler.flags, config.compiler.extra)
     try:
         with step.context(), without_cache():
-            compiled = traced.lower().compile()
+            compiled = traced.lower().compile(compiler_options=flags)
     except jax.errors.JaxRuntimeError as error:
         used = used_bytes(str(error))
+        if re.search(r"compile option|setting option|into flag", str(error)):
+            said = str(error).splitlines()[0]
+            raise UserError(f"compiler.extra is {config.compiler.extra!r}; the compiler says: {said}") from None
         if used is None:
             raise
         state = shard_bytes(step)

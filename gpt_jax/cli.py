@@ -201,11 +201,14 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         return 0
     if not args.workdir:
         raise UserError("--workdir is missing: where the run goes, e.g. --workdir=runs/first.")
-    from gpt_jax.profiling import parse_steps
+    from gpt_jax.profiling import Startup, parse_steps, process_seconds
     from gpt_jax.train import train
 
+    startup = Startup(process_seconds())
     join_job(args, config)
-    summary = train(config, args.workdir, accept_changes=args.accept_changes, profile=parse_steps(args.profile))
+    startup.mark("join")
+    profile = parse_steps(args.profile)
+    summary = train(config, args.workdir, accept_changes=args.accept_changes, profile=profile, startup=startup)
     code = summary.pop("exit_code")
     if is_first():
         _print_json(summary)

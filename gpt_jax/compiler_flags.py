@@ -94,6 +94,24 @@ def flags_for(backend: str, preset: str = "default", extra: Sequence[str] = ()) 
     return {variable: list(flags.values()) for variable, flags in out.items()}
 
 
+def compile_options(
+    backend: str, preset: str = "default", extra: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Returns the flags that a run on a backend would have, as options of one program that is compiled ahead for it.
+
+    Args:
+      preset, extra: see `flags_for`. environ: whose flags are in force already and left out; None is this process's.
+    """
+    environ = os.environ if environ is None else environ
+    out: dict[str, Any] = {}
+    for variable, flags in flags_for(backend, preset, extra).items():
+        named = {word.split("=")[0] for word in environ.get(variable, "").split()}
+        for name, _, value in (flag.partition("=") for flag in flags):
+            if name not in named:
+                out[name.removeprefix("--")] = {"true": True, "false": False}.get(value, value)
+    return out
+
+
 def apply_flags(
     preset: str = "default",
     extra: Sequence[str] = (),

@@ -178,8 +178,10 @@ class Config:
     batch_size: int = option(32, "global batch in sequences")
     context_length: int = option(256, "tokens of a sequence")
     microbatches: int = option(1, "pieces a batch is cut into: same gradient, less memory")
-    batch_schedule: tuple[tuple[str, int], ...] = option(
-        (), "smaller batches at first: ((until, sequences), ...), until as in optimizer.warmup"
+    batch_schedule: tuple[tuple[str, Any], ...] = option(
+        (),
+        "smaller batches at first: ((until, sequences), ...), until as in optimizer.warmup; (from, to) sequences grow "
+        "linearly in whole micro-batches, to 0 being batch_size",
     )
     deterministic: bool = option(False, "deterministic GPU kernels: bitwise repeatable, slower")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -226,8 +228,12 @@ class Config:
         if not 0 <= self.optimizer.ema < 1:
             raise UserError(f"optimizer.ema is {self.optimizer.ema}; it must be at least 0 (off) and below 1.")
         for pair in self.batch_schedule:
-            if not isinstance(pair, tuple) or len(pair) != 2 or type(pair[1]) is not int:
-                raise UserError(f"batch_schedule has {pair!r}; each is (until, sequences), like ('375Mtok', 32).")
+            sizes = pair[1] if isinstance(pair, tuple) and len(pair) == 2 else ()
+            sizes = sizes if isinstance(sizes, tuple) else (sizes,)
+            if not sizes or not all(type(size) is int for size in sizes):
+                raise UserError(
+                    f"batch_schedule has {pair!r}; each is (until, sequences) or (until, (from, to)), like ('375Mtok', 32)."
+                )
         for pair in self.data.skip:
             whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(end) is int for end in pair)
             if not whole or not 0 <= pair[0] < pair[1]:

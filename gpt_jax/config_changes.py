@@ -138,6 +138,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         if None not in (a, b):
             if key == "steps" and b > a:
                 kind, note = FREE, _schedule_note(after)
+            if key == "microbatches" and any(isinstance(entry[1], list) for entry in after.get("batch_schedule", ())):
+                kind, note = NUMERICS, "the batch grows in whole micro-batches"
             if key in _SAME_PARAMETERS and _SAME_PARAMETERS[key](a, b):
                 kind, note = NUMERICS, ""
             if key in ("model.attention", "model.query_block") and after.get("model.dropout"):

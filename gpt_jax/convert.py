@@ -37,8 +37,8 @@ from gpt_jax.model.lora import merge_lora
 from gpt_jax.objectives.base import Setting, build_objective
 from gpt_jax.optim import make_optimizer
 from gpt_jax.remote import refuse_url
-from gpt_jax.run import OWN_MODEL_KEYS, fill_in
-from gpt_jax.sharding import DEFAULT_RULES, make_mesh, path_name, unbox
+from gpt_jax.run import OWN_MODEL_KEYS, fill_in, mesh_of
+from gpt_jax.sharding import DEFAULT_RULES, path_name, unbox
 from gpt_jax.step import build_train_step
 from gpt_jax.workdir import open_workdir
 
@@ -222,12 +222,11 @@ def _state(config: Config, tokenizer: Tokenizer, layout: Layout, tensors: Mappin
         context_length=config.context_length,
     )
     objective = build_objective(config.objective, setting)
-    sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor", "sequence")}
     step = build_train_step(
         objective,
         make_optimizer(config.optimizer.name, 0.0),
         objective.batch_spec(config.batch_size, config.context_length),
-        mesh=make_mesh(sizes),
+        mesh=mesh_of(config),
         rules=(*config.mesh.rules, *DEFAULT_RULES),
     )
 

@@ -39,8 +39,12 @@ class Check:
         return f"{mark.ljust(5)}  {self.name.ljust(20)} {self.found}"
 
 
-def check_memory(needed: int) -> Check:
-    """Free memory of the devices against what one needs; on CPU that of the host, shared by its devices."""
+def check_memory(needed: int, by: str = "") -> Check:
+    """Free memory of the devices against what one needs; on CPU that of the host, shared by its devices.
+
+    Args:
+      needed: bytes of a device; 0 is not known. by: what says so.
+    """
     import jax
 
     devices = jax.local_devices()
@@ -56,8 +60,10 @@ def check_memory(needed: int) -> Check:
     where = values.index(least)
     text = f"{least / 2**30:.2f} GiB free on the fullest device"
     if needed and least < needed:
-        text += f" (process {where} on {found[where][0]!r}), {needed / 2**30:.2f} GiB needed"
-    return Check("memory", least >= needed if needed else None, text, {"free_bytes": least, "needed_bytes": needed})
+        text += f" (process {where} on {found[where][0]!r})"
+    text += f", {needed / 2**30:.2f} GiB needed{by and f' ({by})'}" if needed else ", what is needed is not known"
+    values = {"free_bytes": least, "needed_bytes": needed, "needed_by": by}
+    return Check("memory", least >= needed if needed else None, text, values)
 
 
 def device_memory(device: Any) -> int | None:
@@ -121,11 +127,8 @@ def matmul_rate(device: Any, size: int, repeats: int = 5) -> float:
     return 2.0 * size**3 / best
 
 
-def check_collectives(sizes: Mapping[str, int]) -> list[Check]:
-    """All-reduce and all-gather along every mesh axis: the right numbers, and how fast."""
-    from gpt_jax.sharding import make_mesh
-
-    mesh = make_mesh(sizes)
+def check_collectives(mesh: Any) -> list[Check]:
+    """All-reduce and all-gather along every axis of a mesh: the right numbers, and how fast."""
     out = []
     for axis in mesh.axis_names:
         if mesh.shape[axis] > 1:

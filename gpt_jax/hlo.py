@@ -71,14 +71,20 @@ class Collective:
       kind: all-gather, ..., or "send to other slices". count: how often it runs in a step.
       bytes: what a device sends in all those runs, by a ring (all-gather: (n-1)/n of the result; all-reduce: twice
         that; reduce-scatter, all-to-all: (n-1)/n of the operand; permute: the operand).
-      group: devices that take part together. far: whether a group reaches beyond the fast network.
+      group: devices that take part together. beyond: those of `bytes` that leave the slice or host, when each of a
+        group's devices in it sends its share (see `_beyond`).
     """
 
     kind: str
     count: float
     bytes: float
     group: int
-    far: bool
+    beyond: float
+
+    @property
+    def far(self) -> bool:
+        """Whether a group reaches beyond the fast network."""
+        return self.beyond > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +118,8 @@ def read_program(text: str, *, domains: Sequence[int], trips: int = 1) -> Progra
             kind = i.opcode.removesuffix("-start")
             if kind == "send" and "megascale" in i.rest:  # between TPU slices a host sends for each chip
                 size = sum(_all_bytes(table[o].type) for o in i.operands if o in table)
-                sent = Collective("send to other slices", reached[name], reached[name] * size, 2, True)
+                size *= reached[name]
+                sent = Collective("send to other slices", reached[name], size, 2, size)
                 found[kind, f"{name}/{i.name}"] = sent
             elif kind in _COLLECTIVES:
                 if kind == "all-reduce" and "all-reduce-scatter" in name:
@@ -242,11 +249,13 @@ def _trip_count(loop: Instruction, computations: dict) -> int | None:
     if noted:
         return int(noted[1])
     for name in _called(loop, "condition"):
+        lines = list(computations.get(name, ()))
+        lines += [j for i in lines for inner in _called(i, "calls") for j in computations.get(inner, ())]
         bounds = []
-        for i in computations.get(name, ()):
+        for i in lines:
             if i.opcode == "constant" and i.arguments.isdigit() and re.match(r"[su]\d+\[\]", i.type):
                 bounds.append(int(i.arguments))
-        compares = any("direction=LT" in i.rest or i.opcode == "fusion" for i in computations.get(name, ()))
+        compares = any("direction=LT" in i.rest or i.opcode == "fusion" for i in lines)
         if bounds and compares:
             return max(bounds)
     return None
@@ -283,8 +292,20 @@ def _collective(kind: str, i: Instruction, table: dict, times: float, domains: S
         "collective-permute": operand,
         "collective-broadcast": operand,
     }.get(kind, operand * part)
-    far = any(len({domains[device] for device in group}) > 1 for group in groups)
-    return Collective(kind, times, times * sent, size, far)
+    beyond = max(_beyond(kind, [domains[device] for device in group]) for group in groups)
+    return Collective(kind, times, times * sent, size, beyond * times * sent)
+
+
+def _beyond(kind: str, domains: Sequence[int]) -> float:
+    """Part of what a device of a group sends that must leave its slice or host.
+
+    Of n devices on h hosts, n / h on each, those at the same place of each host exchange one n-th of all, the rest
+    goes over the fast network: (h - 1) of the (n - 1) parts. All-to-all: what is for the devices of other hosts.
+    """
+    n, h = len(domains), len(set(domains))
+    if h == 1:
+        return 0.0
+    return (n - n / h if "all-to-all" in kind else h - 1) / (n - 1)
 
 
 def _groups(rest: str) -> list[list[int]]:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from gpt_jax.ahead import USABLE, Compiled, compile_step
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import totals
-from gpt_jax.sharding import MOST_REPLICATED
+from gpt_jax.sharding import too_replicated
 from gpt_jax.topologies import CHIPS, GIB, Machine, describe, simulated
 
 _MOST_TRIALS = 12  # compilations in a search
@@ -43,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pre-flight instead, on every host: devices, versions, config and data, memory, speeds, folders",
     )
     parser.add_argument("--workdir", default="", help="--here: the run's directory, to write to and read from")
+    parser.add_argument(
+        "--needed-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="--here: what a device needs (hbm_bytes_per_chip of a plan)",
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="--here: the time there is")
     cluster.add_arguments(parser)
     parser.add_argument("--max-batch", action="store_true", help="search the largest batch that fits")
@@ -57,12 +65,17 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         from gpt_jax.preflight import run_preflight
 
         environ = cluster.environment_of(args)
-        return run_preflight(config, workdir=args.workdir, seconds=args.seconds, environ=environ)
+        return run_preflight(
+            config, workdir=args.workdir, needed_bytes=args.needed_bytes, seconds=args.seconds, environ=environ
+        )
     machine = machine_of(args.topology, args.devices, config)
     say = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     compiled = compile_step(config, machine)
     result = summary(compiled, machine)
     say(table(compiled, machine))
+    whole = too_replicated(*compiled.replicated)
+    if whole:
+        print(f"gpt-jax: warning: {whole}", file=sys.stderr)
     if result["fits"] is False and not args.no_advice:
         say("does not fit; looking for what would ...")
         result["advice"] = advise(compiled, machine)
@@ -103,7 +116,8 @@ def roofline(compiled: Compiled, machine: Machine) -> dict[str, float]:
     chip = machine.chip
     if chip is None or not compiled.program:
         return {}
-    near, far = (sum(c.bytes for c in compiled.collectives if c.far is beyond) for beyond in (False, True))
+    far = sum(c.beyond for c in compiled.collectives)
+    near = sum(c.bytes for c in compiled.collectives) - far
     return {
         "compute": compiled.flops / len(machine.devices) / chip.peak,
         "hbm": compiled.memory_traffic / chip.hbm,
@@ -112,12 +126,20 @@ def roofline(compiled: Compiled, machine: Machine) -> dict[str, float]:
     }
 
 
+def mfu_bound(compiled: Compiled, machine: Machine) -> float | None:
+    """The MFU that the longest of the times allows; None where there are none.
+
+    The memory traffic of attention that stands in for a GPU's is not the run's, so that it bounds nothing.
+    """
+    times = roofline(compiled, machine)
+    if machine.chip is None or not times:
+        return None
+    longest = max(seconds for name, seconds in times.items() if name != "hbm" or not compiled.stand_in)
+    return compiled.model_flops / (len(machine.devices) * machine.chip.peak) / longest
+
+
 def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
     """What the command prints as JSON. Bytes are those of one chip and step; FLOPs those of all chips."""
-    times, chip = roofline(compiled, machine), machine.chip
-    bound = None
-    if chip and times:
-        bound = compiled.model_flops / (len(machine.devices) * chip.peak) / max(times.values())
     return {
         "config": compiled.config.name,
         "topology": machine.name,
@@ -131,6 +153,7 @@ def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         "temporary_bytes_per_chip": compiled.temporary_bytes,
         "host_bytes_per_chip": compiled.host_bytes,
         "replicated_part": compiled.replicated[0],
+        "replicated": compiled.replicated[1],
         "flops_per_step": compiled.flops,
         "model_flops_per_step": compiled.model_flops,
         "flops_over_model_flops": compiled.flops / compiled.model_flops,
@@ -138,8 +161,9 @@ def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         "collective_bytes": sum(c.bytes for c in compiled.collectives),
         "collectives": totals(compiled.collectives),
         "unknown_loops": compiled.unknown_loops,
-        "roofline_s": times,
-        "mfu_bound": bound,
+        "roofline_s": roofline(compiled, machine),
+        "mfu_bound": mfu_bound(compiled, machine),
+        "stand_in": compiled.stand_in,
         "batch_per_chip": compiled.rows,
         "max_batch_per_chip": None,
         "compile_s": round(compiled.compile_s, 1),
@@ -168,10 +192,6 @@ def table(compiled: Compiled, machine: Machine) -> str:
         ),
         _line("", f"{verdict}: {_gib(abs(spare))} {'to spare of' if spare >= 0 else 'more than'} the {USABLE:.0%}"),
     ]
-    part, names = c.replicated
-    if part > MOST_REPLICATED:
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        lines.append(_line("", f"{part:.1%} of the parameters' bytes are whole on every fsdp shard: {shown}"))
     if c.host_bytes:
         lines.append(_line("memory of its host", _gib(c.host_bytes)))
     lines.append(
@@ -188,9 +208,9 @@ def table(compiled: Compiled, machine: Machine) -> str:
     if c.unknown_loops:
         lines.append(_line("", f"{c.unknown_loops} loops of unknown length, counted {config.microbatches} times"))
     if times:
-        bound = c.model_flops / (len(machine.devices) * machine.chip.peak) / max(times.values())
+        bound, but = mfu_bound(c, machine), " but hbm, where attention stands in for cuDNN's" * c.stand_in
         shown = ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in times.items())
-        lines.append(_line("at least, in ms", f"{shown}; so MFU is at most {bound:.1%} (bound by the largest)"))
+        lines.append(_line("at least, in ms", f"{shown}; so MFU is at most {bound:.1%} (bound by the largest{but})"))
     return "\n".join(lines)
 
 

@@ -24,9 +24,9 @@ from gpt_jax import distributed
 from gpt_jax.device_checks import Check, check_collectives, check_matmul, check_memory
 from gpt_jax.errors import UserError
 from gpt_jax.remote import Remote, has_scheme, is_url, run_folder
-from gpt_jax.sharding import AXES
 
 _MIB = 1 << 20
+LEFT_OUT = 3  # exit code: nothing is wrong as far as was looked, but the time did not suffice for all checks
 
 
 def run_preflight(
@@ -42,12 +42,13 @@ def run_preflight(
 
     Args:
       config: a resolved Config: its mesh, data and `distributed.*` say what is expected.
-      workdir: written to and read from, if given. needed_bytes: what a device needs by the plan; 0 asks for the state's
-        own size at least, where the config says it. seconds: the time there is.
+      workdir: written to and read from, if given. needed_bytes: what a device needs by the plan; 0 asks for the size of
+        parameters, gradient and moments alone. seconds: the time there is.
       environ: where the job is described; None is this process's. log: takes the lines of process 0.
 
     Returns:
-      0 if all is well, 1 if anything is wrong: each is a line. The last line that process 0 logs is JSON.
+      0 if all is well, 1 if anything is wrong, `LEFT_OUT` if nothing is but checks were left out for want of time: each
+      is a line. The last line that process 0 logs is JSON.
 
     Raises:
       Unavailable: processes are missing. UserError: code, versions or config differ between processes.
@@ -55,6 +56,7 @@ def run_preflight(
     from gpt_jax import config as configs
     from gpt_jax.compiler_flags import apply_flags
     from gpt_jax.data.cache import cache_root
+    from gpt_jax.run import mesh_of
 
     began = time.monotonic()
     apply_flags(config.compiler.flags, config.compiler.extra)
@@ -68,18 +70,25 @@ def run_preflight(
     steps: dict[str, Callable[[], list[Check]]] = {
         "processes": lambda: [check_processes()],
         "devices": lambda: check_devices(config.distributed.devices, config.distributed.device_kind),
-        "data": lambda: [check_data(config.data)],
-        "memory": lambda: [check_memory(needed_bytes or state_bytes(config))],
+        "data": lambda: [check_data(config.data, parts_of(config.objective))],
+        "memory": lambda: [
+            check_memory(needed_bytes, "by the plan")
+            if needed_bytes
+            else check_memory(state_bytes(config), "parameters, gradient and moments alone")
+        ],
         "workdir": lambda: [check_folder("workdir", workdir, shared=True)] if workdir else [],
         "cache": lambda: [check_folder("cache", str(cache_root()), shared=False)],
         "matmul": lambda: [check_matmul()],
-        "collectives": lambda: check_collectives(mesh_sizes(config)),
+        "collectives": lambda: check_collectives(mesh_of(config)),
     }
     checks: list[Check] = []
+    left: list[str] = []
     for name, step in steps.items():
         late = time.monotonic() - began > 0.8 * seconds
         if distributed.decide(late):
-            checks.append(Check("time", None, f"the rest was left out after {time.monotonic() - began:.0f} s"))
+            left = list(steps)[list(steps).index(name) :]
+            text = f"left out after {time.monotonic() - began:.0f} s: {', '.join(left)}"
+            checks.append(Check("time", None, text))
             say(str(checks[-1]))
             break
         try:
@@ -91,30 +100,29 @@ def run_preflight(
             say(str(check))
     wrong = [check.name for check in checks if check.ok is False]
     result = {
-        "ok": not wrong,
+        "ok": not wrong and not left,
         "wrong": wrong,
+        "left_out": left,
         "checks": {check.name: {"ok": check.ok, "found": check.found, **check.values} for check in checks},
         "seconds": round(time.monotonic() - began, 1),
     }
     say(json.dumps(result))
-    return 1 if wrong else 0
-
-
-def mesh_sizes(config: Any) -> dict[str, int]:
-    """The mesh of a config, its axes alone."""
-    return {axis: getattr(config.mesh, axis) for axis in AXES}
+    return 1 if wrong else LEFT_OUT if left else 0
 
 
 def state_bytes(config: Any) -> int:
-    """Bytes of a device's share of parameters, gradient and Adam's moments; 0 where the vocabulary is not known yet."""
+    """Bytes of a device's share of parameters, gradient and Adam's moments; 0 where they are not known."""
     import jax
 
+    from gpt_jax.ahead import vocabulary_of
     from gpt_jax.model.config import count_parameters
-    from gpt_jax.sharding import make_mesh
+    from gpt_jax.run import fill_in, mesh_of
 
-    if not config.model.vocab_size:
+    try:
+        mesh, vocabulary = mesh_of(config).shape, vocabulary_of(config)
+    except UserError:  # a mesh that cannot be is told by the collectives; some vocabularies are made with the tokenizer
         return 0
-    mesh = make_mesh(mesh_sizes(config)).shape
+    config = fill_in(config, vocabulary)
     itemsize = jax.numpy.dtype(config.model.param_dtype).itemsize
     return count_parameters(config.model) * itemsize * 4 // (mesh["fsdp"] * mesh["tensor"])
 
@@ -161,10 +169,16 @@ def odd_ones(values: Sequence[Any]) -> list[int]:
     return [k for k, value in enumerate(values) if value != usual]
 
 
-def check_data(data: Any) -> Check:
+def parts_of(objective: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The data of the parts of a mixture of objectives, as far as they have their own."""
+    parts = objective.get("tasks", {})
+    return [part.get("data", {}) for part in parts.values()] if isinstance(parts, Mapping) else []
+
+
+def check_data(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> Check:
     """The files of the data config: on every host, and the same (name, size, and a hash of both ends of each)."""
     try:
-        mine: Any = data_files(data)
+        mine: Any = data_files(data, parts)
         problem = ""
     except UserError as error:
         mine, problem = [], str(error)
@@ -181,12 +195,25 @@ def check_data(data: Any) -> Check:
     return Check("data", True, text, {"files": len(mine), "bytes": size})
 
 
-def data_files(data: Any) -> list[tuple[str, int, str]]:
-    """(name, bytes, hash of the first and last MiB) of each file that the data config names; raises UserError."""
+def data_files(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, int, str]]:
+    """(name, bytes, hash of the first and last MiB) of each file that a run reads; raises UserError.
+
+    Args:
+      data: the data config: its paths, and those of the tasks it names. parts: what an objective's parts set otherwise.
+    """
     from gpt_jax.data.readers import expand_paths, expand_variables
     from gpt_jax.data.store import MANIFEST, is_store
+    from gpt_jax.tasks.base import task_paths
 
-    patterns = [text for text in (data.path, data.valid_path, *(s.get("path", "") for s in data.sources)) if text]
+    named = [data.path, data.valid_path, *(s.get("path", "") for s in data.sources)]
+    named += [part.get(key, "") for part in parts for key in ("path", "valid_path")]
+    for tasks, split in [
+        (data.tasks, data.valid_split),
+        *((part.get("tasks", ()), part.get("valid_split", data.valid_split)) for part in parts),
+    ]:
+        for task in tasks:
+            named += task_paths(task, ("train", split))
+    patterns = list(dict.fromkeys(text for text in named if text))
     out = []
     for pattern in patterns:
         if is_url(pattern) and is_store(pattern):
@@ -280,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpt_jax.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="", metavar="FILE|NAME", help="the run; --config.KEY=VALUE overrides a key")
     parser.add_argument("--workdir", default="", help="the run's directory")
+    parser.add_argument("--needed-bytes", type=int, default=0, help="what a device needs by the plan")
     parser.add_argument("--seconds", type=float, default=60.0, help="the time there is")
     cluster.add_arguments(parser)
     try:
@@ -288,7 +316,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         quieten_libraries()
         config = configs.load(args.config, overrides) if args.config else configs.resolve({}, overrides)
         code = run_preflight(
-            config, workdir=args.workdir, seconds=args.seconds, environ=cluster.environment_of(args), log=_print
+            config,
+            workdir=args.workdir,
+            needed_bytes=args.needed_bytes,
+            seconds=args.seconds,
+            environ=cluster.environment_of(args),
+            log=_print,
         )
     except UserError as error:
         print(f"gpt-jax: {error}", file=sys.stderr)

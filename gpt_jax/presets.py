@@ -112,16 +112,25 @@ PRESETS: dict[str, Preset] = GPT3 | GPT2 | LLAMA2
 GPT3_WARMUP = "375Mtok"
 GPT3_DECAY = "260Btok"
 GPT3_TOKENS = 300_000_000_000
+# The batch grows linearly from 32k tokens "over the first 4-12 billion tokens of training, depending on the model
+# size": which size takes how many is not published. Billions of tokens by the full batch in sequences.
+GPT3_RAMP = {256: 4, 512: 6, 1024: 8, 1536: 12}
+GPT3_FIRST_BATCH = 16  # sequences of 2,048 tokens
 
 
 def gpt3(name: str) -> ml_collections.ConfigDict:
-    """Returns the config of a GPT-3 run: its model, batch, learning rate and schedule in tokens (appendix B).
+    """Returns the config of a GPT-3 run: its model, batch, learning rate and schedules in tokens (appendix B).
 
-    Reads text of your own; GPT-3's data are not published.
+    The batch grows at first, as far as micro-batches are smaller than it; `steps` are for 300 billion tokens where it
+    grows by 32k at a time. Reads text of your own; GPT-3's data are not published.
     """
     preset = PRESETS[name]
     config = base()
-    config.steps = -(-GPT3_TOKENS // preset.batch_tokens)
+    first, full = GPT3_FIRST_BATCH * preset.context_length, preset.batch_tokens
+    ramp = GPT3_RAMP[preset.batch_size] * 1e9
+    sizes = range(first, full, first)
+    config.steps = round(sum(ramp / len(sizes) / size for size in sizes) + (GPT3_TOKENS - ramp) / full)
+    config.batch_schedule = ((f"{GPT3_RAMP[preset.batch_size]}Btok", (GPT3_FIRST_BATCH, 0)),)
     config.batch_size = preset.batch_size
     config.context_length = preset.context_length
     config.model.update(**preset.model, dtype="bfloat16", unroll=1, remat="full")

@@ -1,14 +1,46 @@
-"""A trace of a few steps of a run, for xprof (TensorBoard's profile page) or Perfetto."""
+"""Where the time goes: before the first step of a run, and in a few of its steps (a trace for xprof or Perfetto)."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from gpt_jax.errors import UserError
+
+
+class Startup:
+    """The seconds before the first step, by what they went into; each mark names what passed since the one before.
+
+    Args:
+      imports: seconds before now, of the interpreter and its imports. now: a clock in seconds.
+    """
+
+    def __init__(self, imports: float | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._last = now, now()
+        self.seconds: dict[str, float] = {} if imports is None else {"imports": imports}
+
+    def mark(self, name: str) -> None:
+        last, self._last = self._last, self._now()
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._last - last
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        return f"start took {sum(self.seconds.values()):.1f} s: {parts}"
+
+
+def process_seconds() -> float | None:
+    """Seconds since this process was started, as Linux says; None elsewhere."""
+    try:
+        started = float(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None
 
 
 def parse_steps(text: str) -> range:

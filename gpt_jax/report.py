@@ -74,7 +74,7 @@ def write_report(
             _flat(
                 {
                     k: environment[k]
-                    for k in ("code", "python", "platform", "devices", "packages", "variables")
+                    for k in ("code", "python", "platform", "devices", "packages", "variables", "start_seconds")
                     if k in environment
                 }
             )

@@ -25,7 +25,7 @@ from gpt_jax.model.lora import LORA_BASE
 from gpt_jax.objectives.base import Host, Objective, Setting, build_objective, check_spec, rows_of
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
 from gpt_jax.remote import run_folder
-from gpt_jax.sharding import AXES, DEFAULT_RULES, batch_shardings, make_mesh, path_name
+from gpt_jax.sharding import AXES, DEFAULT_RULES, batch_shardings, check_rules, make_mesh, path_name
 from gpt_jax.step import TrainStep, build_train_step
 from gpt_jax.workdir import open_workdir
 
@@ -114,7 +114,12 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
     check_rows(config, mesh)
     check_spec(config.objective)
     schedule = resolve_batch_schedule(
-        config.batch_schedule, batch_size=config.batch_size, context_length=config.context_length, steps=config.steps
+        config.batch_schedule,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        steps=config.steps,
+        micro=config.batch_size // config.microbatches,
+        log=log,
     )
     config = following_init(config, log)
     data = prepare_data(
@@ -221,7 +226,8 @@ def make_step(
 
 
 def mesh_of(config: Config, devices: Sequence[jax.Device] | None = None) -> Any:
-    """Returns the mesh of a config over `devices`; None is all there are."""
+    """Returns the mesh of a config over `devices`; None is all there are. Its rules are checked as well."""
+    check_rules(config.mesh.rules)
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     return make_mesh(sizes, devices, slices=config.mesh.slices, slice_axis=config.mesh.slice_axis)
 

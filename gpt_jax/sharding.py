@@ -111,6 +111,17 @@ def _lay_out(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def check_rules(rules: Any) -> None:
+    """Raises UserError for rules of `mesh.rules` that are no pairs or name a logical or mesh axis that there is not."""
+    for rule in rules:
+        if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+            raise UserError(f"mesh.rules has {rule!r}; a rule is a pair (logical axis, mesh axis), e.g. ('mlp', None).")
+        axis, target = rule
+        choose("a logical axis of mesh.rules", axis, dict.fromkeys(name for name, _ in DEFAULT_RULES))
+        for name in target if isinstance(target, (tuple, list)) else () if target is None else (target,):
+            choose(f"the mesh axis of {axis!r} in mesh.rules", name, AXES)
+
+
 def spec_for(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules, name: str) -> PartitionSpec:
     """Returns the PartitionSpec of an array with logical axes; raises UserError naming it if no rule's axis divides."""
     used: set[str] = set()
@@ -259,11 +270,18 @@ def replicated_bytes(shapes: Any, shardings: Any) -> tuple[float, list[str]]:
     return sum(size for size, _ in found) / max(total, 1), [f"{name} ({size / 1e6:.3g} MB)" for size, name in found]
 
 
+def too_replicated(part: float, names: Sequence[str], at_most: float = MOST_REPLICATED) -> str:
+    """Returns a sentence that names the parameters of `replicated_bytes` if they are more than `at_most`; else ''."""
+    if part <= at_most:
+        return ""
+    return (
+        f"{part:.1%} of the parameters' bytes are whole on every fsdp shard (at most {at_most:.0%} should be): "
+        f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; add rules for their axes to mesh.rules."
+    )
+
+
 def check_sharded_enough(shapes: Any, shardings: Any, at_most: float = MOST_REPLICATED) -> None:
     """Raises UserError naming the parameters that FSDP leaves whole if they are more than `at_most` of the bytes."""
-    part, names = replicated_bytes(shapes, shardings)
-    if part > at_most:
-        raise UserError(
-            f"{part:.1%} of the parameters' bytes are whole on every fsdp shard (at most {at_most:.0%} should be): "
-            f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; add rules for their axes to mesh.rules."
-        )
+    message = too_replicated(*replicated_bytes(shapes, shardings), at_most)
+    if message:
+        raise UserError(message)

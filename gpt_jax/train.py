@@ -26,7 +26,7 @@ from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb, read_rows
 from gpt_jax.model.config import count_parameters
 from gpt_jax.objectives.base import bidirectional_prompt
-from gpt_jax.profiling import Trace
+from gpt_jax.profiling import Startup, Trace
 from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
@@ -44,13 +44,15 @@ def train(
     *,
     accept_changes: bool = False,
     profile: range = range(0),
+    startup: Startup | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains to `config.steps`, continuing the run that `workdir` holds, if any.
 
     Args:
       config: resolved. workdir: the run's directory. accept_changes: continue although numerics or data changed.
-      profile: steps to trace, counted from 1, into `workdir`/profile. log: where lines for people go.
+      profile: steps to trace, counted from 1, into `workdir`/profile. startup: what passed before.
+      log: where lines for people go.
 
     Returns:
       What the command prints last: steps, losses, seconds, and `exit_code` (0, or 75 when asked to stop).
@@ -58,14 +60,16 @@ def train(
     Raises:
       UserError: a mistake in config or data, a run in use, a damaged checkpoint.
     """
-    started = time.monotonic()
+    started, startup = time.monotonic(), startup or Startup()
     with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
         stack.callback(publish_or_say, directory, log)  # however it ends: of one that failed they say why
         log = distributed.said_once(log)
         if not directory.url:
             distributed.check_shared(directory.path)
         distributed.check_devices(config.distributed.devices, config.distributed.device_kind)
+        startup.mark("workdir and devices")
         run = build_run(config, log)
+        startup.mark("data and model")
         distributed.check_equal(**{"the data": run.data.fingerprint()})
         changes = settle_config(run.config, directory, accept_changes, log)
         checkpointer = stack.enter_context(
@@ -78,7 +82,8 @@ def train(
         )
         state, start = first_state(run, checkpointer, changes, log)
         check_skip(changes, run.order, start)
-        record_start(run, directory, start, changes)
+        environment = record_start(run, directory, start, changes)
+        startup.mark("restored state" if start else "fresh state")
         writer = MetricsWriter(
             directory.metrics_path,
             tensorboard=directory.tensorboard_path if config.log.tensorboard else None,
@@ -126,7 +131,14 @@ def train(
         stack.callback(trace.close)
 
         step, done, pending, values = run.step, start, None, {}
+        startup.mark("evaluators and hooks")
         with run.loader(lambda: state.all_params, start, console.show) as loader:
+            if start < config.steps:
+                step.compiled  # noqa: B018  (made here, so that its time is known)
+                startup.mark("compiling the step")
+                log(str(startup))
+                seconds = {name: round(value, 2) for name, value in startup.seconds.items()}
+                directory.write_json("environment.json", environment | {"start_seconds": seconds})
             for index, batch in loader:
                 trace.before(index + 1, state)
                 state, metrics = step(state, batch)
@@ -263,8 +275,9 @@ def _not_given(objective: Any, frozen: Any, given: Iterable[str]) -> str:
     return next((name for name in own if name.split("/")[0] not in exempt and name not in known), "")
 
 
-def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> None:
-    directory.write_environment(run.data.info)
+def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """Writes what is known of a run before its first step; returns what environment.json holds."""
+    environment = directory.write_environment(run.data.info)
     if changes:
         directory.add_history("change", start, changes=changes)
     directory.write_config(to_dict(run.config))  # after the change is in the history: a kill between loses neither
@@ -273,6 +286,7 @@ def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, An
         run.data.tokenizer.save(folder)
         directory.save_tokenizer(folder)
     directory.publish()
+    return environment
 
 
 def flops_per_token(config: Config) -> float:

@@ -4,6 +4,7 @@
 # BUNDLE is a `git bundle` or the URL of a repository. What is there already is kept, so a restart takes seconds.
 set -euo pipefail
 bundle="$1" commit="$2" folder="$3" extras="$4"
+if [ -e "$bundle" ]; then bundle="$(realpath "$bundle")"; fi # git -C looks for it from the folder
 if ! git -C "$folder" rev-parse --verify --quiet "$commit^{commit}" >/dev/null 2>&1; then
   if [ -d "$folder/.git" ]; then
     git -C "$folder" fetch --quiet "$bundle" "$commit" || git -C "$folder" fetch --quiet "$bundle" HEAD

@@ -78,7 +78,7 @@ code="\${own:-\$code}"
 if [ "\$code" -eq 75 ] || [ "\$code" -ge 128 ]; then
   if [ "\${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then
     echo "launch_slurm: ended with \$code, queued again (restart \$((\${SLURM_RESTART_COUNT:-0} + 1)) of $restarts)"
-    scontrol requeue "\$SLURM_JOB_ID"
+    scontrol requeue "\$SLURM_JOB_ID" || exit "\$code"
     exit 0
   fi
   echo "launch_slurm: ended with \$code after $restarts restarts"

@@ -11,7 +11,8 @@
 #   --restarts N                          after preemptions and lost hosts (3); a mistake of yours is never retried
 #   --logs DIR                            where the logs come to (runs/logs/NAME)
 #   --dry-run                             says every command and runs none
-# Exit codes: 0 finished; 1 a mistake, see the logs; 75 preempted or lost more often than --restarts.
+# Exit codes: 0 finished; 1 a mistake, see the logs, or hosts or a slice that could not be made ready; 75 preempted or
+# lost more often than --restarts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -67,9 +68,30 @@ where=(--zone "$zone" --quiet)
 tpu() { run gcloud compute tpus "$@" "${where[@]}"; }
 on_all() { tpu tpu-vm ssh "$name" --worker=all --command "$1"; }
 
+# The state of the queued resource, NONE if there is none; fails if it cannot be asked five times in a row.
 state() {
   [ -z "$dry" ] || { echo ACTIVE && return; }
-  gcloud compute tpus queued-resources describe "$name" --format='value(state.state)' "${where[@]}" 2>/dev/null || echo NONE
+  local now
+  for _ in 1 2 3 4 5; do
+    if now="$(gcloud compute tpus queued-resources describe "$name" --format='value(state.state)' "${where[@]}" 2>"$errors")"; then
+      echo "$now" && return
+    elif grep -q 'NOT_FOUND\|was not found' "$errors"; then
+      echo NONE && return
+    fi
+    sleep 30
+  done
+  echo "launch_tpu_pod: the state of $name cannot be asked: $(tail -n 1 "$errors")" >&2
+  return 1
+}
+
+removed=0 # slices that were suspended or failed; each attempt may find one
+remove_slice() {
+  if [ "$removed" -gt "$restarts" ]; then
+    echo "launch_tpu_pod: $name is $1 again, more often than --restarts" >&2
+    if [ "$1" = FAILED ]; then exit 1; else exit 75; fi
+  fi
+  removed=$((removed + 1))
+  tpu queued-resources delete "$name" --force
 }
 
 ensure_slice() {
@@ -78,11 +100,11 @@ ensure_slice() {
   [ -z "$spot" ] || asked+=(--spot)
   [ -z "$dry" ] || tpu "${asked[@]}"
   while :; do
-    now="$(state)"
+    now="$(state)" || exit 1
     case "$now" in
       ACTIVE) return ;;
       NONE) tpu "${asked[@]}" ;;
-      SUSPENDED | SUSPENDING | FAILED) tpu queued-resources delete "$name" --force ;;
+      SUSPENDED | SUSPENDING | FAILED) remove_slice "$now" ;;
       *) echo "launch_tpu_pod: $name is $now, waiting" >&2 ;;
     esac
     sleep 30
@@ -100,7 +122,8 @@ gather_logs() {
 
 bundle="$(mktemp --suffix .bundle)"
 output="$(mktemp)"
-trap 'rm -f "$bundle" "$output"' EXIT
+errors="$(mktemp)"
+trap 'rm -f "$bundle" "$output" "$errors"' EXIT
 run git bundle create --quiet "$bundle" HEAD
 printf -v command '%q ' "$@"
 # Each host says how it ended: ssh itself gives one code for all.
@@ -112,6 +135,9 @@ for ((left = restarts; left >= 0; left--)); do
   if tpu tpu-vm scp "$bundle" scripts/_host.sh "$name:" --worker=all &&
     on_all "bash _host.sh $(basename "$bundle") $commit gpt_jax tpu,gcs"; then
     on_all "$remote" 2>&1 | tee "$output" || true
+  elif [ "$(state)" = ACTIVE ]; then # the hosts are there, so it was no preemption
+    echo "launch_tpu_pod: the hosts could not be made ready: see above" >&2
+    code=1 && break
   fi
   gather_logs
   [ -z "$dry" ] || exit 0

@@ -46,7 +46,8 @@ ROWS = [
 
 
 def command(config: str, topology: str, keys: str) -> list[str]:
-    """The command of a row, without the interpreter."""
+    """The command of a row, without the interpreter: of the full batch, which GPT-3's grow to."""
+    keys = f"batch_schedule=() {keys}"
     return ["plan", f"--config={config}", "--topology", topology, *(f"--config.{key}" for key in keys.split())]
 
 

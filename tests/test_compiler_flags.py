@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gpt_jax.compiler_flags import LIBTPU, TABLE, XLA, apply_flags, backend_here, flags_for, options
+from gpt_jax.compiler_flags import LIBTPU, TABLE, XLA, apply_flags, backend_here, compile_options, flags_for, options
 from gpt_jax.errors import UserError
 
 
@@ -26,6 +26,16 @@ def test_each_backend_has_its_own_variable_and_none_has_none():
     assert flags_for("gpu", "none", more) == {XLA: more}
     assert flags_for("gpu", extra=more)[XLA].count(more[0]) == 1
     assert not any("pipelined_all_reduce=true" in flag for flag in flags_for("gpu", extra=more)[XLA])
+
+
+def test_a_program_that_is_compiled_ahead_has_the_flags_of_a_run():
+    extra = ["--xla_gpu_enable_pipelined_all_reduce=false", "--xla_gpu_autotune_level=0"]
+    environ = {XLA: "--xla_gpu_enable_pipelined_all_gather=false"}
+    got = compile_options("gpu", extra=extra, environ=environ)
+    assert got["xla_gpu_enable_latency_hiding_scheduler"] is True
+    assert got["xla_gpu_enable_pipelined_all_reduce"] is False and got["xla_gpu_autotune_level"] == "0"
+    assert "xla_gpu_enable_pipelined_all_gather" not in got  # the environment's is in force
+    assert compile_options("tpu", "none", environ={}) == {} == compile_options("cpu", environ={})
 
 
 def test_mistakes_are_named():

@@ -216,6 +216,12 @@ def test_every_key_of_the_config_is_in_the_table():
         assert any(config_changes.fnmatch.fnmatchcase(key, pattern) for pattern, _, _ in config_changes._TABLE), key
 
 
+def test_other_micro_batches_are_other_batches_where_the_batch_grows():
+    for schedule, kind in (([["4Btok", [16, 0]]], "numerics"), ([["4Btok", 16]], "free"), ([], "free")):
+        config = {"microbatches": 4, "batch_schedule": schedule}
+        assert [c.key for c in getattr(compare(config, config | {"microbatches": 8}), kind)] == ["microbatches"]
+
+
 def test_every_line_of_the_table_is_about_a_key_that_exists():
     keys = [key for key, _ in leaves(to_dict(Config()))] + ["objective.x"]
     for pattern, _, _ in config_changes._TABLE:

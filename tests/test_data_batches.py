@@ -122,6 +122,31 @@ def test_batch_schedule_in_steps_percent_and_tokens():
             resolve(bad)
 
 
+def test_a_batch_grows_linearly_in_the_tokens_seen():
+    context, steps, full, first, ramp = 10, 10_000, 64, 4, 96_000
+    said = []
+    kwargs = dict(batch_size=full, context_length=context, steps=steps)
+    schedule = resolve_batch_schedule((("96ktok", (first, 0)),), **kwargs, micro=4, log=said.append)
+    assert [rows for _, rows in schedule] == list(range(4, 64, 4)) and not said
+    seen, step = 0, 0
+    for until, rows in schedule:
+        while step < until:
+            # the batch by the line through (0, first) and (ramp, full), cut to whole micro-batches
+            exact = first + (full - first) * seen / ramp
+            assert exact - 4 - 0.5 < rows < exact + 0.5
+            seen, step = seen + rows * context, step + 1
+    assert seen == pytest.approx(ramp, rel=0.01)
+    coarse = resolve_batch_schedule((("96ktok", (first, 0)),), **kwargs, micro=16, log=said.append)
+    assert [rows for _, rows in coarse] == [16, 32, 48]
+    assert said == ["batch_schedule: batches start at 16 sequences, a whole micro-batch, and not at 4"]
+    assert resolve_batch_schedule((("96ktok", (first, 0)),), **kwargs, micro=64) == ()
+    assert resolve_batch_schedule((("96ktok", (128, 0)),), **kwargs, micro=4) == ()
+    assert resolve_batch_schedule((("10", (8, 16)), ("20", 32)), **kwargs, micro=8) == ((10, 8), (20, 32))
+    for bad in ((0, 8), (8, 65), (16, 8), (1, 2, 3)):
+        with pytest.raises(UserError, match="batch_schedule has .*; allowed: 1 to batch_size"):
+            resolve_batch_schedule((("10", bad),), **kwargs)
+
+
 @pytest.mark.parametrize("length", [1, 7, 12, 108, 109])
 @pytest.mark.parametrize("doc_mask", [False, True])
 @pytest.mark.parametrize("epoch", [0, 1, 5])

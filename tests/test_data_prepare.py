@@ -13,13 +13,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gpt_jax.config import DataConfig, TokenizerConfig
+from gpt_jax.config import DataConfig, TokenizerConfig, load
 from gpt_jax.data import Loader, prepare_data
 from gpt_jax.data.baselines import baselines, unigram_nll, xz_bits_per_byte
 from gpt_jax.data.command import format_row, run_data
 from gpt_jax.data.splits import held_out, splitter
 from gpt_jax.data.tokenizer import ByteTokenizer, train_char
 from gpt_jax.errors import UserError
+from gpt_jax.run import build_run
 
 BYTES = TokenizerConfig(kind="byte", specials=("eot",))
 
@@ -100,6 +101,18 @@ def test_seed_changes_the_order_and_data_seed_overrides_it(prepare, tmp_path):
         for s, c in ((1, {}), (2, {}), (2, {"seed": 1}))
     ]
     assert rows[0] != rows[1] and rows[0] == rows[2]
+
+
+def test_a_run_whose_batch_grows_starts_at_a_whole_micro_batch_and_says_so():
+    keys = {"batch_size": "32", "microbatches": "4", "batch_schedule": "(('6', (4, 0)),)", "steps": "9"}
+    keys |= {"context_length": "16", "model.num_layers": "1", "model.d_model": "16", "model.num_heads": "2"}
+    keys |= {"data.tokenizer.kind": "byte", "optimizer.name": "adamw"}
+    said = []
+    run = build_run(load("quickstart", keys), said.append)
+    assert "batch_schedule: batches start at 8 sequences, a whole micro-batch, and not at 4" in said
+    # on the line from 4 at step 0 to 32 at step 6, in eights
+    assert [run.rows_at(step) for step in range(9)] == [8, 8, 8, 16, 24, 24, 32, 32, 32]
+    assert [run.data.train.rows(step, slice(None))["target_weights"].any(1).sum() for step in (0, 3, 6)] == [8, 16, 32]
 
 
 def test_skip_and_batch_schedule_reach_the_source(tmp_path):

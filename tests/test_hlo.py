@@ -56,6 +56,31 @@ def test_a_collective_beyond_its_host_is_told_from_one_within():
     beyond = program(lambda x: lax.psum(x, "fsdp") * 0.1, domains=hosts)
     assert [c.far for c in within.collectives] == [False]
     assert [c.far for c in beyond.collectives] == [True]
+    assert [c.beyond for c in beyond.collectives] == [c.bytes for c in beyond.collectives]  # a host's four are in four
+
+
+@pytest.mark.parametrize(
+    ("kind", "hosts", "part"),
+    [
+        # 16 devices on two hosts: of what a device sends to the fifteen others in turn, one part leaves its host
+        ("all-gather", [0] * 8 + [1] * 8, 1 / 15),
+        ("all-reduce", [0] * 8 + [1] * 8, 1 / 15),
+        ("reduce-scatter", list(range(16)), 1.0),
+        ("all-to-all", [0] * 8 + [1] * 8, 8 / 15),
+        ("collective-permute", [0, 1], 1.0),
+        ("all-gather", [3] * 8, 0.0),
+    ],
+)
+def test_the_devices_of_a_host_share_what_leaves_it(kind, hosts, part):
+    assert hlo._beyond(kind, hosts) == pytest.approx(part)
+
+
+def test_what_leaves_a_host_is_what_its_devices_must_hear_of_the_others():
+    """An all-gather by its definition: a host's four devices must receive the four shards of the other host."""
+    hosts = (0, 0, 0, 0, 1, 1, 1, 1)
+    found = program(lambda x: lax.all_gather(x, ("fsdp", "tensor")).sum(0), domains=hosts)
+    (one,) = [c for c in found.collectives if c.kind == "all-gather"]
+    assert 4 * one.beyond == pytest.approx(5 * 4 * SHARD) and one.bytes == pytest.approx(5 * 7 * SHARD)
 
 
 def test_a_loop_over_stacked_weights_reads_each_once_and_not_the_stack_each_time():
@@ -109,6 +134,24 @@ def test_a_tpu_program_says_its_trips_by_its_condition_and_spreads_one_collectiv
     (one,) = found.collectives
     assert (one.kind, one.count, one.group, one.far) == ("all-gather", 12, 4, False)  # devices 0, 2, 4, 6 and 1, 3, ...
     assert one.bytes == 12 * 3 * 16
+
+
+def test_a_loop_whose_condition_is_a_fusion_says_its_trips_there():
+    fused = """%compare (i: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  %three = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %three), direction=LT
+}
+
+%condition (c: (s32[], f32[4])) -> pred[] {
+  %c = (s32[], f32[4]{0}) parameter(0)
+  %at = s32[] get-tuple-element(%c), index=0
+  ROOT %go_on = pred[] fusion(%at), kind=kLoop, calls=%compare
+}
+"""
+    start, end = TEXT.index("%condition ("), TEXT.index("ENTRY")
+    found = hlo.read_program(f"{TEXT[:start]}{fused}\n{TEXT[end:]}", domains=(0,) * 8, trips=99)
+    assert found.unknown_loops == 0 and [c.count for c in found.collectives] == [3]
 
 
 def test_what_a_host_sends_to_other_slices_is_beyond_the_slice():

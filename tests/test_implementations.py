@@ -9,16 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from helpers import tiny
 from test_topologies import needs_libtpu
 
 from gpt_jax.errors import UserError
 from gpt_jax.flops import count_flops
+from gpt_jax.model import implementations
 from gpt_jax.model.attention import Mask, Variant, attend
 from gpt_jax.model.chunks import attend_chunks
 from gpt_jax.model.config import LACKS
 from gpt_jax.model.implementations import lacking, run_attention, splash
+from gpt_jax.sharding import DEFAULT_RULES, make_mesh
 
+DEVICES = jax.devices()
 B, T, H, K = 2, 256, 4, 16
 
 
@@ -80,12 +84,67 @@ def test_what_only_the_batch_can_tell_is_refused_by_name():
     prefix = Mask("prefix", prefix_BxT=jnp.zeros((B, T), bool))
     segments = Mask(segments_BxT=documents())
     q = (B, T, H, K)
-    assert lacking(prefix, Variant(), q, q, "splash") == ["prefix masks"]
-    assert lacking(segments, Variant(), q, q, "splash") == []
-    assert lacking(segments, Variant(), q, q, "cudnn") == ["documents kept apart"]
-    assert lacking(Mask(), Variant(), (B, 100, H, K), q, "splash") == ["lengths that 128 does not divide"]
-    assert lacking(Mask("bidirectional"), Variant(window=3), q, q, "cudnn") == ["a window that looks ahead"]
-    assert lacking(prefix, Variant(alibi=True), q, q, "chunks") == []
+    assert lacking(prefix, Variant(), q, "splash") == ["prefix masks"]
+    assert lacking(segments, Variant(), q, "splash") == []
+    assert lacking(segments, Variant(), q, "cudnn") == ["documents kept apart"]
+    assert lacking(Mask(), Variant(), (B, 100, H, K), "splash") == ["lengths of a device that 128 does not divide"]
+    assert lacking(Mask("bidirectional"), Variant(window=3), q, "cudnn") == ["a window that looks ahead"]
+    assert lacking(prefix, Variant(alibi=True), q, "chunks") == []
+
+
+def on_a_gpu(monkeypatch, capability="9.0"):
+    """Pretends that a GPU is here; returns the list of the shapes that cuDNN's attention was asked for."""
+    asked = []
+    monkeypatch.setattr(implementations, "_platform", lambda mesh: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"compute_capability": capability})])
+    monkeypatch.setattr(implementations, "_cudnn", lambda q, k, v, mask, variant: asked.append(q.shape) or q)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "dtype", "what"),
+    [
+        ("9.0", 64, jnp.bfloat16, ""),
+        ("9.0", 64, jnp.float32, "float32"),
+        ("9.0", 256, jnp.bfloat16, ""),
+        ("9.0", 264, jnp.bfloat16, r"head sizes above 128 \(256 from Hopper on\)"),
+        ("8.0", 128, jnp.bfloat16, ""),
+        ("8.0", 136, jnp.bfloat16, r"head sizes above 128 \(256 from Hopper on\)"),
+    ],
+)
+def test_auto_takes_cudnn_only_for_what_cudnn_computes(monkeypatch, capability, size, dtype, what):
+    asked = on_a_gpu(monkeypatch, capability)
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 16, 2, size)), dtype)
+    out = run_attention(q, q, q, Mask(), Variant(), name="auto", block=8)
+    assert len(asked) == (not what)
+    if what:
+        np.testing.assert_allclose(out, attend(q, q, q, Mask(), Variant(), block=None), rtol=0.02, atol=1e-5)
+        with pytest.raises(UserError, match=f"model.attention is 'cudnn', which does not support {what}.$"):
+            run_attention(q, q, q, Mask(), Variant(), name="cudnn", block=8)
+
+
+def test_float32_under_cudnn_is_refused_when_the_config_is_read():
+    with pytest.raises(UserError, match="attention is 'cudnn', which does not support float32"):
+        tiny(attention="cudnn", dtype="float32")
+    tiny(attention="cudnn", dtype="bfloat16")
+
+
+def test_a_sequence_that_the_mesh_cuts_goes_to_no_kernel_that_cannot_have_its_parts(monkeypatch):
+    asked = on_a_gpu(monkeypatch)
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(2, 128, 2, 8)), jnp.bfloat16)
+    run = functools.partial(run_attention, mask=Mask(), variant=Variant(), block=64)
+    with jax.set_mesh(make_mesh(fsdp=2, sequence=2, devices=DEVICES[:4])), nn.logical_axis_rules(DEFAULT_RULES):
+        out = jax.jit(functools.partial(run, name="auto"))(q, q, q)
+        with pytest.raises(UserError, match="'cudnn', which does not support a sequence that the mesh cuts"):
+            jax.jit(functools.partial(run, name="cudnn"))(q, q, q)
+        monkeypatch.setattr(implementations, "_platform", lambda mesh: "tpu")
+        with pytest.raises(UserError, match="'splash', which does not support lengths of a device that 128 does not"):
+            jax.jit(functools.partial(run, name="splash"))(q, q, q)  # 64 tokens on each device
+        jax.jit(functools.partial(run, name="auto"))(q, q, q)
+    assert not asked
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(attend(q, q, q, Mask(), Variant(), block=None), np.float32), atol=0.03
+    )
 
 
 @pytest.mark.parametrize(("name", "device"), [("splash", "tpu"), ("cudnn", "gpu")])

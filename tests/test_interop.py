@@ -226,6 +226,12 @@ def test_every_mesh_gets_the_same_weights(tmp_path, mesh, monkeypatch):
     assert not embedding[V:].any() and embedding.shape[0] == 128
 
 
+def test_an_import_lies_on_the_mesh_of_its_config(tmp_path):
+    save_llama(tmp_path / "hf")
+    with pytest.raises(UserError, match="mesh.slices is 3, which does not divide the 8 devices"):
+        from_hf(tmp_path / "hf", tmp_path / "run", {"mesh.slices": "3"}, log=silent)
+
+
 def test_bfloat16_and_the_names_of_a_bare_decoder_are_read(tmp_path):
     tensors = {n.removeprefix("model."): v.astype(jnp.bfloat16) for n, v in random_llama().items()}
     del tensors["lm_head.weight"]

@@ -97,9 +97,13 @@ GCLOUD = """
 echo "$*" >> "$CALLS"
 case "$*" in
   *"queued-resources describe"*)
+    case "$(head -n 1 "$STATES")" in
+      ERROR*) head -n 1 "$STATES" >&2; sed -i 1d "$STATES"; exit 1 ;;
+    esac
     head -n 1 "$STATES"; sed -i 1d "$STATES"
     [ -s "$STATES" ] || echo ACTIVE > "$STATES" ;;
   *"tpu-vm describe"*) echo 2 ;;
+  *"$REFUSED"*) exit 1 ;;
   *"gpt_jax.launch"*)
     head -n 1 "$ENDS" | tr ' ' '\\n' | while read -r c; do echo "exit code $c of h"; done
     sed -i 1d "$ENDS" ;;
@@ -107,8 +111,8 @@ esac
 """
 
 
-def on_tpu(checkout, tmp_path, ends, states="ACTIVE", more=()):
-    """Runs the launcher; `ends` has a line per attempt: the exit codes of its hosts."""
+def on_tpu(checkout, tmp_path, ends, states="ACTIVE", more=(), refused="nothing"):
+    """Runs the launcher; `ends` has a line per attempt: the exit codes of its hosts. What has `refused` in it fails."""
     tool(tmp_path / "bin", "gcloud", GCLOUD)
     tool(tmp_path / "bin", "sleep", "true")
     (tmp_path / "ends").write_text(ends)
@@ -120,6 +124,7 @@ def on_tpu(checkout, tmp_path, ends, states="ACTIVE", more=()):
         CALLS=str(tmp_path / "calls"),
         STATES=str(tmp_path / "states"),
         ENDS=str(tmp_path / "ends"),
+        REFUSED=refused,
     )
     calls = (tmp_path / "calls").read_text().splitlines()
     return done, calls, sum("gpt_jax.launch" in call for call in calls)
@@ -149,6 +154,35 @@ def test_a_slice_that_was_taken_away_is_made_anew(checkout, tmp_path):
     _, calls, _ = on_tpu(checkout, tmp_path, "0\n", states="SUSPENDED\nNONE\nPROVISIONING\nACTIVE")
     made = [call.split()[3] for call in calls if "queued-resources" in call and "describe" not in call]
     assert made == ["delete", "create"]
+
+
+@pytest.mark.parametrize("refused", ["tpu-vm scp /", "bash _host.sh"])
+def test_hosts_that_cannot_be_made_ready_are_a_failure_and_no_preemption(checkout, tmp_path, refused):
+    done, _, attempts = on_tpu(checkout, tmp_path, "0 0\n", refused=refused)
+    assert (done.returncode, attempts) == (1, 0) and "could not be made ready" in done.stderr
+    states = "ACTIVE\nSUSPENDED"  # taken away while it was made ready
+    done, _, _ = on_tpu(checkout, tmp_path, "0 0\n", states, ["--restarts", "0"], refused)
+    assert done.returncode == 75 and "could not be made ready" not in done.stderr
+
+
+def test_a_slice_that_fails_again_and_again_is_given_up(checkout, tmp_path):
+    for state, code in (("FAILED", 1), ("SUSPENDED", 75)):
+        states = f"{state}\nNONE\n" * 9
+        done, calls, attempts = on_tpu(checkout, tmp_path, "0 0\n", states, ["--restarts", "2"])
+        made = [call for call in calls if "queued-resources create" in call]
+        assert (done.returncode, attempts, len(made)) == (code, 0, 3), done.stderr
+        assert f"run1 is {state} again" in done.stderr
+
+
+def test_a_slice_whose_state_cannot_be_asked_is_not_made_anew(checkout, tmp_path):
+    states = "ERROR: UNAVAILABLE: try again\nERROR: UNAVAILABLE: try again\nACTIVE"
+    done, calls, attempts = on_tpu(checkout, tmp_path, "0 0\n", states)
+    assert (done.returncode, attempts) == (0, 1) and not any(" create " in call for call in calls)
+    done, calls, attempts = on_tpu(checkout, tmp_path, "0 0\n", "ERROR: PERMISSION_DENIED: no\n" * 9)
+    assert (done.returncode, attempts) == (1, 0) and "cannot be asked: ERROR: PERMISSION_DENIED: no" in done.stderr
+    missing = "ERROR: (gcloud) NOT_FOUND: Resource 'projects/p' was not found\nACTIVE"
+    done, calls, attempts = on_tpu(checkout, tmp_path, "0 0\n", missing)
+    assert (done.returncode, attempts) == (0, 1) and any(" create " in call for call in calls)
 
 
 @pytest.mark.parametrize(
@@ -187,11 +221,11 @@ exit $worst
 """
 
 
-def in_slurm(checkout, tmp_path, ends, restarted=0):
-    """Runs the batch script that the launcher prints; `ends` are the exit codes of its tasks."""
+def in_slurm(checkout, tmp_path, ends, restarted=0, requeue=0):
+    """Runs the batch script that the launcher prints; `ends` are the exit codes of its tasks, `requeue` scontrol's."""
     tools = tmp_path / "bin"
     tool(tools, "srun", SRUN)
-    tool(tools, "scontrol", f"echo $* > {tmp_path}/scontrol")
+    tool(tools, "scontrol", f"echo $* > {tmp_path}/scontrol; exit {requeue}")
     command = ["bash", checkout / "scripts/launch_slurm.sh", "--nodes", "2", "--restarts", "3", "--dry-run"]
     made = run([*command, "--", "bash", "-c", "exit $CODE"])
     assert made.returncode == 0, made.stderr
@@ -230,6 +264,7 @@ def test_slurm_queues_a_lost_job_again_and_never_a_mistake(checkout, tmp_path):
     assert in_slurm(checkout, tmp_path, "137 134") == (0, "requeue 7")
     assert in_slurm(checkout, tmp_path, "1 137") == (1, "")  # srun says 137, the process itself 1
     assert in_slurm(checkout, tmp_path, "75 75", restarted=3) == (75, "")
+    assert in_slurm(checkout, tmp_path, "75 75", requeue=1) == (75, "requeue 7")  # which was refused
 
 
 # ---- every host
@@ -254,6 +289,23 @@ def test_a_host_gets_exactly_the_commit(checkout, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "extras tpu" in done.stdout and git(tmp_path / "there", "rev-parse", "HEAD") == wanted
     assert not (tmp_path / "there" / "later").exists()
+
+
+def test_a_host_that_has_a_checkout_takes_a_new_commit_from_a_bundle_beside_it(checkout, tmp_path):
+    host_script(checkout)
+    tool(tmp_path / "bin", "python3", f'exec {sys.executable} "$@"')
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(checkout / "scripts/_host.sh", home)
+    for name in ("one.bundle", "two.bundle"):
+        (checkout / "setup.cfg").write_text(name)
+        wanted = commit(checkout)
+        git(checkout, "bundle", "create", "-q", str(home / name), "HEAD")
+        environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": ""}
+        command = ["bash", "_host.sh", name, wanted, "gpt_jax", "tpu"]  # as the launcher says it
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert git(home / "gpt_jax", "rev-parse", "HEAD") == wanted
 
 
 def test_a_python_that_is_too_old_is_replaced(checkout, tmp_path):

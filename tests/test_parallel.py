@@ -150,19 +150,17 @@ def test_parameters_that_fsdp_leaves_whole_are_named_the_largest_first():
     assert replicated_bytes(*shardings_of(tiny(), make_mesh(devices=jax.devices()[:1])))[0] == 0
 
 
-@pytest.mark.parametrize("policy", ["none", "full", "dots", "dots_no_batch"])
-def test_a_remat_policy_keeps_no_more_than_the_one_before_it(policy):
-    order = ["none", "dots", "dots_no_batch", "full"]
-
+def test_a_remat_policy_keeps_less_than_the_one_before_it():
     def temporaries(name):
-        model = tiny(num_layers=4, d_model=32, max_positions=64, remat=name, attention="dense")
+        model = tiny(num_layers=4, d_model=32, max_positions=64, remat=name, attention="dense", unroll=1)
         objective = CausalLM(Transformer(model))
         mesh = make_mesh(devices=jax.devices()[:1])
         step = build_train_step(objective, make_optimizer("adamw"), objective.batch_spec(16, 64), mesh=mesh)
         return step.lower().compile().memory_analysis().temp_size_in_bytes
 
-    if policy != "none":
-        assert temporaries(policy) <= temporaries(order[order.index(policy) - 1])
+    none, dots, dots_no_batch, full = map(temporaries, ("none", "dots", "dots_no_batch", "full"))
+    assert full < dots_no_batch < dots < none  # 4.7, 6.8, 11.6 and 13.2 MB
+    assert full < 0.5 * none
 
 
 def test_a_remat_policy_that_is_none_is_an_error_that_names_the_nearest():

@@ -1,17 +1,25 @@
 """The command `gpt-jax plan`, on simulated devices; for TPUs and GPUs where their compilers are installed."""
 
+import dataclasses
 import json
+import re
 
+import jax
 import pytest
 from test_topologies import needs_cuda, needs_libtpu
 
-from gpt_jax.ahead import abstract_step, count_params, used_bytes, vocabulary_of
+from gpt_jax.ahead import Compiled, abstract_step, compile_step, count_params, used_bytes, vocabulary_of
 from gpt_jax.cli import main
+from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import load
+from gpt_jax.data.batches import resolve_batch_schedule
+from gpt_jax.data.ramp import rows_before
+from gpt_jax.errors import UserError
+from gpt_jax.hlo import Collective
 from gpt_jax.model.config import count_parameters
-from gpt_jax.plan import _guess, largest
+from gpt_jax.plan import _guess, largest, mfu_bound, roofline
 from gpt_jax.presets import GPT3
-from gpt_jax.topologies import simulated
+from gpt_jax.topologies import CHIPS, simulated
 
 TINY = {
     "batch_size": "8",
@@ -54,6 +62,22 @@ def test_a_plan_on_simulated_devices_says_what_closed_forms_say(capsys):
     assert "fits: " in out and "simulated: 8 chips, data 1 x fsdp 8" in out
 
 
+def test_parameters_that_fsdp_leaves_whole_are_named_in_a_warning(capsys):
+    keys = {**TINY, "mesh.rules": "(('mlp', None), ('embed', None))", "model.num_layers": "1"}
+    assert (
+        main(["plan", "--config=quickstart", "--devices=2", "--json", *(f"--config.{k}={v}" for k, v in keys.items())])
+        == 0
+    )
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["replicated_part"] > 0.9 and "model/embedding (" in result["replicated"][0]
+    assert re.search(
+        r"^gpt-jax: warning: \d\d\d?.\d% of the parameters' bytes are whole .* model/embedding \(", err, re.M
+    )
+    main(["plan", "--config=quickstart", "--devices=2", "--json", *(f"--config.{k}={v}" for k, v in TINY.items())])
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_json_alone_is_one_line(capsys):
     _, out = plan(capsys, "--devices", "8", "--json")
     assert len(out.splitlines()) == 1
@@ -63,6 +87,23 @@ def test_all_configs_of_gpt3_have_their_parameters_without_a_tokenizer():
     for name in ("gpt3_125m", "gpt3_13b"):
         config, step = abstract_step(load(name), simulated(8))
         assert count_params(step, config) == GPT3[name].parameters
+
+
+def test_the_batches_of_gpt3_grow_as_published_and_hold_its_tokens():
+    for name, preset in GPT3.items():
+        config = load(name)
+        micro = 16  # 32k tokens
+        schedule = resolve_batch_schedule(
+            config.batch_schedule,
+            batch_size=preset.batch_size,
+            context_length=2048,
+            steps=config.steps,
+            micro=micro,
+        )
+        assert schedule[0][1] == 16 and schedule[-1][1] == preset.batch_size - micro
+        assert 4e9 <= rows_before(schedule[-1][0], schedule, preset.batch_size) * 2048 <= 12.1e9
+        tokens = float(rows_before(config.steps, schedule, preset.batch_size)) * 2048
+        assert tokens == pytest.approx(300e9, rel=1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -95,6 +136,59 @@ def test_a_mistake_is_one_line_that_names_it(capsys, arguments, said):
     assert main(["plan", "--config=quickstart", *arguments]) == 1
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("chip", "overrides", "said"),
+    [
+        ("h100", {"mesh.sequence": "2"}, "a sequence that the mesh cuts"),
+        ("h100", {"data.doc_mask": "True"}, "documents kept apart"),
+        ("a100", {"model.head_dim": "192"}, "head sizes above 128 on a100"),
+        ("h100", {"model.head_dim": "192"}, ""),
+    ],
+)
+def test_a_plan_refuses_of_cudnn_what_the_run_would(chip, overrides, said):
+    machine = dataclasses.replace(simulated(8), chip=CHIPS[chip])
+    config = load("quickstart", TINY | {"model.dtype": "bfloat16", "model.attention": "cudnn"} | overrides)
+    if said:
+        with pytest.raises(UserError, match=f"model.attention is 'cudnn', which does not support {said}"):
+            abstract_step(config, machine)
+        config = load("quickstart", TINY | {"model.attention": "auto"} | overrides)
+    assert abstract_step(config, machine)[0].model.attention == "chunks"
+
+
+def test_a_plan_for_a_machine_is_compiled_with_the_flags_of_a_run_on_it(monkeypatch):
+    given = []
+    compile_ = jax.stages.Lowered.compile
+
+    def watched(self, compiler_options=None):
+        given.append(compiler_options)
+        return compile_(self, compiler_options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", watched)
+    machine = dataclasses.replace(simulated(2), chip=CHIPS["h100"])
+    compiled = compile_step(load("quickstart", TINY | {"model.num_layers": "1"}), machine)
+    assert given[0] == compile_options("gpu") != {} and compiled.stand_in
+    extra = {"compiler.extra": "('--xla_gpu_enable_pipelined_all_gahter=true',)"}
+    with pytest.raises(
+        UserError, match="compiler.extra is .*No such compile option: 'xla_gpu_enable_pipelined_all_gah"
+    ):
+        compile_step(load("quickstart", TINY | extra), machine)
+
+
+def test_mfu_is_bounded_by_what_the_run_itself_takes():
+    machine = dataclasses.replace(simulated(8), chip=CHIPS["h100"], group=4)
+    chip, gigabyte = machine.chip, 10**9
+    collectives = (Collective("all-gather", 1, 7 * gigabyte, 8, gigabyte),)
+    names = {field.name for field in dataclasses.fields(Compiled)}
+    known = dict(collectives=collectives, memory_traffic=chip.hbm, flops=chip.peak, model_flops=4 * chip.peak)
+    known |= dict(program=True, stand_in=False)
+    compiled = Compiled(**dict.fromkeys(names, 0) | known)
+    times = roofline(compiled, machine)
+    assert times == {"compute": 1 / 8, "hbm": 1, "link": 6 * gigabyte / chip.link, "network": gigabyte / chip.network}
+    assert mfu_bound(compiled, machine) == pytest.approx(0.5)  # a second of memory traffic for half a second's work
+    assert mfu_bound(dataclasses.replace(compiled, stand_in=True), machine) == pytest.approx(4.0)
+    assert mfu_bound(dataclasses.replace(compiled, program=False), machine) is None
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 6, 7, 40, 1000])

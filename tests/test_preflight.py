@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from gpt_jax import device_checks, preflight
+from gpt_jax.cli import main
 from gpt_jax.config import resolve
 from gpt_jax.device_checks import check_matmul, check_memory, measure_collective
 from gpt_jax.preflight import check_data, check_devices, odd_ones, run_preflight
@@ -83,6 +84,26 @@ def test_the_data_are_compared_by_their_content(tmp_path, monkeypatch):
     assert check.ok is False and "the files of process 2 on 'h2' are not those of the others" in check.found
 
 
+def test_the_files_of_tasks_are_data(tmp_path):
+    for name in ("train.tsv", "valid.tsv", "other.tsv", "own.py"):
+        (tmp_path / name).write_text(name)
+    own = {"name": "classification", "train": f"{tmp_path}/train.tsv", "valid": f"{tmp_path}/valid.tsv", "test": "/no"}
+
+    def names(tasks, **settings):
+        config = resolve({"data": {"tasks": tasks, **settings}})
+        return [entry[0] for entry in preflight.data_files(config.data)]
+
+    assert names((own,)) == ["train.tsv", "valid.tsv"]
+    assert names((own | {"test": f"{tmp_path}/other.tsv"},), valid_split="test") == ["train.tsv", "other.tsv"]
+    (tmp_path / "own.py").write_text(f"def task(path='{tmp_path}/other.tsv'): ...")
+    assert names((f"{tmp_path}/own.py:task", "synthetic_arithmetic")) == ["other.tsv", "own.py"]
+    assert names(({"name": "shortened", "task": own, "tokenizer": "t", "budget": 9},)) == ["train.tsv", "valid.tsv"]
+    parts = {"a": {"name": "causal_lm"}, "b": {"name": "classify", "data": {"tasks": (own | {"valid": "/gone.tsv"},)}}}
+    config = resolve({"objective": {"name": "mixture", "tasks": parts}})
+    check = check_data(config.data, preflight.parts_of(config.objective))
+    assert check.ok is False and "/gone.tsv" in check.found
+
+
 def test_a_host_with_other_devices_is_named(monkeypatch):
     rows = [["h0", ["TPU v5p"], 4], ["h1", ["TPU v5p"], 4], ["h2", ["TPU v4"], 3]]
     monkeypatch.setattr(preflight.distributed, "gather", lambda value: rows)
@@ -94,7 +115,10 @@ def test_a_host_with_other_devices_is_named(monkeypatch):
 def test_the_time_that_there_is_is_kept_to(tmp_path):
     lines = []
     code = run_preflight(resolve({}), environ={}, seconds=1e-6, log=lines.append)
-    assert code == 0 and "the rest was left out" in lines[0] and len(lines) == 2
+    assert code == preflight.LEFT_OUT == 3 and len(lines) == 2
+    assert "left out after 0 s: processes, devices, data, memory, workdir, cache, matmul, collectives" in lines[0]
+    result = json.loads(lines[-1])
+    assert not result["ok"] and not result["wrong"] and result["left_out"][-1] == "collectives"
 
 
 def test_a_slow_device_is_named(monkeypatch):
@@ -109,11 +133,41 @@ def test_a_slow_device_is_named(monkeypatch):
 
 
 def test_state_needs_what_its_parameters_do():
-    config = resolve({"model": {"vocab_size": 256, "max_positions": 64, "d_model": 64, "num_layers": 2}})
+    model = {"vocab_size": 256, "d_model": 64, "num_layers": 2}
+    config = resolve({"model": model | {"max_positions": 64}, "context_length": 64})
     from gpt_jax.model.config import count_parameters
 
     assert preflight.state_bytes(config) == count_parameters(config.model) * 16 // 8
-    assert preflight.state_bytes(resolve({})) == 0
+    own = resolve({"model": model | {"vocab_size": 0}, "data": {"tokenizer": {"kind": "byte"}}})
+    larger = resolve({"model": model | {"vocab_size": 256 + 4}})
+    assert preflight.state_bytes(own) == preflight.state_bytes(larger)
+    assert preflight.state_bytes(resolve({"data": {"tokenizer": {"kind": "char"}}})) == 0  # not known yet
+
+
+def test_memory_is_held_against_the_plan_or_against_the_state(tmp_path):
+    lines = []
+    run_preflight(resolve({}), needed_bytes=1 << 60, environ={}, seconds=9, log=lines.append)
+    assert any("WRONG  memory" in line and "1073741824.00 GiB needed (by the plan)" in line for line in lines)
+    _, _, result = flight(tmp_path)
+    memory = result["checks"]["memory"]
+    assert memory["ok"] and memory["needed_bytes"] > 0
+    assert memory["needed_by"] == "parameters, gradient and moments alone" in memory["found"]
+
+
+def test_the_command_hands_on_what_the_plan_needs_and_the_exit_code(monkeypatch):
+    given = {}
+    monkeypatch.setattr(preflight, "run_preflight", lambda config, **options: given.update(options) or 3)
+    assert main(["plan", "--config=quickstart", "--here", "--needed-bytes=12", "--seconds=5"]) == 3
+    assert given["needed_bytes"] == 12 and given["seconds"] == 5
+
+
+def test_the_mesh_is_the_one_of_the_run(tmp_path, monkeypatch):
+    _, _, result = flight(tmp_path, mesh={"slices": 3})
+    assert "mesh.slices is 3, which does not divide the 8 devices" in result["checks"]["collectives"]["found"]
+    halves = lambda devices, slices: [devices[:4], devices[4:]]  # noqa: E731
+    monkeypatch.setattr("gpt_jax.sharding._slices", halves)  # as two slices of a TPU say
+    code, _, result = flight(tmp_path, mesh={"slice_axis": "fsdp"})
+    assert code == 0 and result["checks"]["all-reduce fsdp"]["ok"] and result["checks"]["memory"]["ok"]
 
 
 def test_a_mesh_that_cannot_be_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from gpt_jax.cli import main
 from gpt_jax.errors import UserError
-from gpt_jax.profiling import Trace, parse_steps
+from gpt_jax.profiling import Startup, Trace, parse_steps, process_seconds
 
 
 def test_steps_are_read_as_they_are_counted():
@@ -34,6 +35,35 @@ def test_only_the_steps_of_the_range_are_traced(monkeypatch):
     trace.before(7, None)
     trace.close()
     assert calls[-2:] == ["start", "stop"]
+
+
+def test_the_seconds_before_the_first_step_are_told_apart():
+    times = iter([10.0, 12.5, 13.0, 14.0])
+    startup = Startup(2.0, now=lambda: next(times))
+    for name in ("data", "state", "data"):
+        startup.mark(name)
+    assert startup.seconds == {"imports": 2.0, "data": 3.5, "state": 0.5}
+    assert str(startup) == "start took 6.0 s: imports 2.0, data 3.5, state 0.5"
+
+
+def test_the_age_of_this_process_is_that_of_its_clock():
+    before, first = time.monotonic(), process_seconds()
+    time.sleep(0.05)
+    assert process_seconds() - first == pytest.approx(time.monotonic() - before, abs=0.03)
+    assert 0 < first < 86_400
+
+
+def test_a_run_tells_where_its_start_went(tmp_path, capsys):
+    keys = dict(steps=2, batch_size=8, context_length=32) | {"model.num_layers": 1, "model.d_model": 16}
+    keys |= {"model.num_heads": 2, "optimizer.name": "adamw", "data.tokenizer.kind": "byte", "eval.max_batches": 1}
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    assert main(["train", "--config=quickstart", f"--workdir={tmp_path}/run", *flags]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("start took ")]
+    names = ["imports", "join", "workdir and devices", "data and model", "fresh state", "evaluators and hooks"]
+    spent = json.loads((tmp_path / "run" / "environment.json").read_text())["start_seconds"]
+    assert list(spent) == [*names, "compiling the step"] and all(f"{name} " in line for name in spent)
+    assert spent["compiling the step"] > 0 and spent["data and model"] > 0
+    assert "compiling the step" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.slow

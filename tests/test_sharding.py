@@ -9,10 +9,12 @@ from flax import linen as nn
 from helpers import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gpt_jax.config import resolve
 from gpt_jax.errors import UserError
 from gpt_jax.model import Transformer
 from gpt_jax.optim import make_optimizer
 from gpt_jax.presets import GPT3
+from gpt_jax.run import mesh_of
 from gpt_jax.sharding import (
     DEFAULT_RULES,
     assert_sharded_like,
@@ -79,6 +81,28 @@ def test_a_rule_whose_mesh_axis_is_taken_or_of_size_one_gives_way_to_the_next():
     assert spec(("embed",), (16,), rules, fsdp=8, tensor=1) == ("fsdp",)
     assert spec(("embed", "mlp"), (16, 16), (("embed", "fsdp"), *rules[2:]), fsdp=4, tensor=2) == ("fsdp", "tensor")
     assert spec(("embed", "embed"), (16, 16), rules[1:2], fsdp=8) == ("fsdp", None)  # never one mesh axis twice
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            "(('mlp', 'tensr'),)",
+            r"the mesh axis of 'mlp' in mesh.rules is 'tensr' \(did you mean 'tensor'\?\); allowed",
+        ),
+        ("(('batch', ('data', 'fdsp')),)", r"the mesh axis of 'batch' in mesh.rules is 'fdsp' \(did you mean 'fsdp'"),
+        ("(('embd', 'tensor'),)", r"a logical axis of mesh.rules is 'embd' \(did you mean 'embed'\?\); allowed"),
+        ("('mlp', 'tensor')", r"mesh.rules has 'mlp'; a rule is a pair \(logical axis, mesh axis\)"),
+        ("(('mlp',),)", r"mesh.rules has \('mlp',\); a rule is a pair"),
+    ],
+)
+def test_a_rule_that_means_nothing_is_refused(rules, message):
+    with pytest.raises(UserError, match=message):
+        mesh_of(resolve({}, {"mesh.rules": rules}))
+
+
+def test_rules_that_mean_something_are_taken():
+    mesh_of(resolve({}, {"mesh.rules": "(('mlp', None), ('embed', ('fsdp', 'tensor')), ('vocab', 'fsdp'))"}))
 
 
 def boxed(config, name="model"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,25 +93,33 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def resolve_batch_schedule(
-    schedule: Sequence[tuple[str | int, int]], *, batch_size: int, context_length: int, steps: int
+    schedule: Sequence[tuple[str | int, int | Sequence[int]]],
+    *,
+    batch_size: int,
+    context_length: int,
+    steps: int,
+    micro: int = 1,
+    log: Callable[[str], None] | None = None,
 ) -> tuple[tuple[int, int], ...]:
     """Returns ((until batch index, rows), ...) of a schedule in steps ('200'), tokens ('375Mtok') or percent ('5%').
 
-    A number of tokens is reached with the smaller batches that the schedule itself gives.
+    A number of tokens is reached with the smaller batches that the schedule itself gives. A pair of sequences grows
+    linearly from the first to the second (0: `batch_size`), in whole micro-batches.
+
+    Args:
+      micro: rows of a micro-batch. log: is told if a batch cannot start as small as the schedule says.
 
     Raises:
       UserError: a duration that cannot be read, batches out of order or larger than `batch_size`.
     """
     out: list[tuple[int, int]] = []
-    for until, rows in schedule:
-        if not 1 <= rows <= batch_size:
-            raise UserError(f"batch_schedule has {rows} sequences; allowed: 1 to batch_size ({batch_size}).")
+    for until, part, rows in _spelt_out(schedule, batch_size, micro, log):
         start = out[-1][0] if out else 0
         before = BatchOrder(rows, tuple(out)).first_row(start) * context_length
         text = str(until).strip().lower()
         match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(%|([kmbgt]?)tok(?:ens)?)?", text)
         try:
-            number = float(match[1])
+            number = part * float(match[1])
         except (TypeError, ValueError):
             raise UserError(f"batch_schedule: cannot read {until!r}; write '200', '375Mtok' or '5%'.") from None
         if match[2] is None:
@@ -126,6 +134,33 @@ def resolve_batch_schedule(
         if index > start:
             out.append((index, rows))
     return tuple(out)
+
+
+def _spelt_out(
+    schedule: Sequence[tuple[str | int, int | Sequence[int]]],
+    batch_size: int,
+    micro: int,
+    log: Callable[[str], None] | None,
+) -> Iterator[tuple[str | int, float, int]]:
+    """Yields (until, the part of it that counts, rows): of a batch that grows, an entry for each size."""
+    for number, (until, rows) in enumerate(schedule):
+        grows = not isinstance(rows, int)
+        first, last = (*rows, *(0, 0))[:2] if grows else (rows, rows)
+        if grows and not last:  # a batch that is no larger than the first has nothing to grow to
+            first, last = min(first, batch_size), batch_size
+        if not 1 <= first <= last <= batch_size or (grows and (len(rows) != 2 or number)):
+            raise UserError(
+                f"batch_schedule has {rows} sequences; allowed: 1 to batch_size ({batch_size}), and in the first entry "
+                "a pair (from, to) of such."
+            )
+        if not grows:
+            yield until, 1.0, rows
+            continue
+        least = -(-first // micro) * micro
+        if least > first and log:
+            log(f"batch_schedule: batches start at {least} sequences, a whole micro-batch, and not at {first}")
+        for size in range(least, last, micro):
+            yield until, min(1.0, (size + micro - first) / (last - first)), size
 
 
 def batch_spec(batch_size: int, arrays: Arrays) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LAYER_KINDS = ("dense", "band")
 ATTENTIONS = ("auto", "blocks", "dense", "chunks", "splash", "cudnn")
 # What an implementation of attention does not support; those not named here support everything.
 LACKS = {
-    "splash": ("prefix masks", "alibi", "talking_heads", "dropout", "lengths that 128 does not divide"),
+    "splash": ("prefix masks", "alibi", "talking_heads", "dropout", "lengths of a device that 128 does not divide"),
     "cudnn": (
         "prefix masks",
         "documents kept apart",
@@ -26,6 +26,9 @@ LACKS = {
         "dropout",
         "a window that looks ahead",
         "head sizes that 8 does not divide",
+        "head sizes above 128 (256 from Hopper on)",
+        "a sequence that the mesh cuts",
+        "float32",
     ),
 }
 REMATS = ("none", "full", "dots", "dots_no_batch", "offload_dots")
@@ -138,6 +141,7 @@ class ModelConfig:
             "attention_softcap": self.attention_softcap,
             "talking_heads": self.talking_heads,
             "dropout": self.dropout,
+            "float32": self.dtype == "float32",
         }
         for what in LACKS.get(self.attention, ()):
             if uses.get(what):

@@ -14,6 +14,7 @@ they are and each device gathers the keys and values of its rows (chunks, splash
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ def run_attention(q: Array, k: Array, v: Array, mask: Mask, variant: Variant, *,
     """
     mesh = _mesh()
     platform = _platform(mesh)
-    missing = functools.partial(lacking, mask, variant, q.shape, k.shape)
+    missing = functools.partial(lacking, mask, variant, q.shape, dtype=q.dtype, cut=_pieces(mesh))
     if name == "auto":
         fast = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "blocks")
         name = fast if fast == "blocks" or not missing(fast) else "chunks"
@@ -62,8 +63,10 @@ def run_attention(q: Array, k: Array, v: Array, mask: Mask, variant: Variant, *,
     return _over_mesh(chunks, mesh, q, k, v, mask, variant)
 
 
-def lacking(mask: Mask, variant: Variant, q_shape: tuple[int, ...], k_shape: tuple[int, ...], name: str) -> list[str]:
-    """Returns what a layer needs and an implementation does not have."""
+def lacking(
+    mask: Mask, variant: Variant, q_shape: tuple[int, ...], name: str, *, dtype: Any = jnp.bfloat16, cut: int = 1
+) -> list[str]:
+    """Returns what a layer needs and an implementation does not have; `cut`: parts of a sequence on as many devices."""
     has = {
         "prefix masks": mask.kind == "prefix",
         "documents kept apart": mask.segments_BxT is not None,
@@ -72,10 +75,19 @@ def lacking(mask: Mask, variant: Variant, q_shape: tuple[int, ...], k_shape: tup
         "talking_heads": variant.mix_scores_HxH is not None,
         "dropout": variant.keys_B is not None,
         "a window that looks ahead": variant.window is not None and mask.kind != "causal",
-        "lengths that 128 does not divide": bool(q_shape[1] % 128),
+        "lengths of a device that 128 does not divide": bool(q_shape[1] % (128 * cut)),
         "head sizes that 8 does not divide": bool(q_shape[3] % 8),
+        "head sizes above 128 (256 from Hopper on)": q_shape[3] > _largest_head(),
+        "a sequence that the mesh cuts": cut > 1,
+        "float32": jnp.dtype(dtype) == jnp.float32,
     }
     return [what for what in LACKS.get(name, ()) if has[what]]
+
+
+def _largest_head() -> int:
+    """The largest head of cuDNN's attention on the GPU at hand."""
+    capability = re.match(r"\d+", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return 256 if capability and int(capability[0]) >= 9 else 128
 
 
 def _mesh() -> Any:
@@ -99,6 +111,12 @@ def _specs(mesh: Any, heads: int, kv_heads: int) -> tuple[Any, Any, Any]:
     if heads % size or kv_heads % size:
         cut = None  # heads that the mesh does not divide are whole on every device
     return rows, tokens, cut
+
+
+def _pieces(mesh: Any) -> int:
+    """Parts that the mesh cuts a sequence into."""
+    tokens = None if mesh is None else _specs(mesh, 1, 1)[1]
+    return 1 if tokens is None else mesh.shape[tokens]
 
 
 def _over_mesh(

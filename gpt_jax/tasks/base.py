@@ -223,10 +223,7 @@ def load_task(spec: str | Mapping[str, Any], **options: Any) -> Task:
     Raises:
       UserError: an unknown name or option, with the closest; a file or module that cannot be had.
     """
-    given = {} if isinstance(spec, str) else dict(spec)
-    name = spec if isinstance(spec, str) else given.pop("name", "")
-    given |= options
-    name, given = _expand_shorthand(name, given)
+    name, given = _named(spec, options)
     declared = _find(name)
     if isinstance(declared, Task):
         allowed, required = {}, []
@@ -247,6 +244,29 @@ def load_task(spec: str | Mapping[str, Any], **options: Any) -> Task:
     if not isinstance(task, Task):
         raise UserError(f"task {name} returned a {type(task).__name__}, not a gpt_jax.tasks.Task.")
     return dataclasses.replace(task, **common, skipped={})
+
+
+def task_paths(spec: str | Mapping[str, Any], splits: Sequence[str]) -> list[str]:
+    """Returns the paths that a task reads some splits from, as far as its options say so; nothing is opened.
+
+    The options are those called like a split, and `path`; a file that declares the task is one as well.
+    """
+    name, given = _named(spec, {})
+    declared, head = _find(name), name.rpartition(":")[0]
+    parameters = {} if isinstance(declared, Task) else inspect.signature(declared).parameters
+    options = {p.name: p.default for p in parameters.values()} | given
+    found = [options[key] for key in (*splits, "path") if isinstance(options.get(key), str)]
+    inner = options.get("task")  # a task that is made of another
+    if isinstance(inner, (str, Mapping)):
+        found += task_paths(inner, splits)
+    return [path for path in (*found, head if head.endswith(".py") else "") if path]
+
+
+def _named(spec: str | Mapping[str, Any], options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, options) of a task."""
+    given = {} if isinstance(spec, str) else dict(spec)
+    name = spec if isinstance(spec, str) else given.pop("name", "")
+    return _expand_shorthand(name, given | dict(options))
 
 
 def _expand_shorthand(name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
