@@ -232,7 +232,8 @@ class Config:
             sizes = sizes if isinstance(sizes, tuple) else (sizes,)
             if not sizes or not all(type(size) is int for size in sizes):
                 raise UserError(
-                    f"batch_schedule has {pair!r}; each is (until, sequences) or (until, (from, to)), like ('375Mtok', 32)."
+                    f"batch_schedule has {pair!r}; each is (until, sequences) or (until, (from, to)), like "
+                    "('375Mtok', 32)."
                 )
         for pair in self.data.skip:
             whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(end) is int for end in pair)

@@ -138,14 +138,12 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         if None not in (a, b):
             if key == "steps" and b > a:
                 kind, note = FREE, _schedule_note(after)
-            if key == "microbatches" and any(isinstance(entry[1], list) for entry in after.get("batch_schedule", ())):
-                kind, note = NUMERICS, "the batch grows in whole micro-batches"
             if key in _SAME_PARAMETERS and _SAME_PARAMETERS[key](a, b):
                 kind, note = NUMERICS, ""
             if key in ("model.attention", "model.query_block") and after.get("model.dropout"):
                 kind, note = NUMERICS, "other draws of dropout"
             if key == "microbatches" and after.get("batch_schedule"):
-                kind, note = NUMERICS, "rows of smaller batches lie elsewhere, with other draws"
+                kind, note = NUMERICS, "smaller batches grow by them, and their rows have other draws"
             learned = after.get("model.positions") == "learned"
             if key == "context_length" and learned and not after.get("model.max_positions"):
                 kind, note = IMPOSSIBLE, "the number of learned positions"

@@ -111,7 +111,7 @@ def test_a_run_whose_batch_grows_starts_at_a_whole_micro_batch_and_says_so():
     run = build_run(load("quickstart", keys), said.append)
     assert "batch_schedule: batches start at 8 sequences, a whole micro-batch, and not at 4" in said
     # on the line from 4 at step 0 to 32 at step 6, in eights
-    assert [run.rows_at(step) for step in range(9)] == [8, 8, 8, 16, 24, 24, 32, 32, 32]
+    assert [run.order.rows_of_step(step) for step in range(9)] == [8, 8, 8, 16, 24, 24, 32, 32, 32]
     assert [run.data.train.rows(step, slice(None))["target_weights"].any(1).sum() for step in (0, 3, 6)] == [8, 16, 32]
 
 
