@@ -12,7 +12,7 @@ from gpt_jax.ahead import Compiled, abstract_step, compile_step, count_params, u
 from gpt_jax.cli import main
 from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import load
-from gpt_jax.data.batches import resolve_batch_schedule
+from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.ramp import rows_before
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import Collective
@@ -101,8 +101,9 @@ def test_the_batches_of_gpt3_grow_as_published_and_hold_its_tokens():
             micro=micro,
         )
         assert schedule[0][1] == 16 and schedule[-1][1] == preset.batch_size - micro
-        assert 4e9 <= rows_before(schedule[-1][0], schedule, preset.batch_size) * 2048 <= 12.1e9
-        tokens = float(rows_before(config.steps, schedule, preset.batch_size)) * 2048
+        order = BatchOrder(preset.batch_size, schedule)
+        assert 4e9 <= rows_before(schedule[-1][0], order) * 2048 <= 12.1e9
+        tokens = float(rows_before(config.steps, order)) * 2048
         assert tokens == pytest.approx(300e9, rel=1e-4), name
 
 
