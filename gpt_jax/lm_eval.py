@@ -166,14 +166,14 @@ def write_tasks(name: str, kind: str, items: Sequence[Any], folder: str | pathli
     names = []
     for group, members in groups.items():
         task = f"native_{name}_{group}" if group else f"native_{name}"
-        space = all(option.startswith(" ") for item in members for option in item.options)
+        choice = kind == "choice"  # the harness puts its delimiter before choices, not before a target
+        space = choice and all(option.startswith(" ") for item in members for option in item.options)
         rows = []
         for item in members:
             options = [option.removeprefix(" ") if space else option for option in item.options]
             rows.append({"context": item.context, "choices": options, "answer": item.answer, "target": options[0]})
         data = folder / f"{task}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        choice = kind == "choice"
         spec = {
             "task": task,
             "dataset_path": "json",

@@ -96,6 +96,10 @@ def test_sentences_without_a_context_and_greedy_items_are_ours(scorer, tmp_path)
     assert 0 < native["accuracy"] < 1 and theirs["acc"] == native["accuracy"]
     assert theirs["perplexity"] == pytest.approx(native["perplexity"], rel=1e-5)
 
+    spaced = Benchmark("spaced", "greedy", lambda: [Item(c, (" zq",)) for c in contexts])  # as LAMBADA's all begin
+    theirs = adapter.compare(spaced, scorer, run_benchmark(spaced, scorer), tmp_path / "spaced")
+    assert theirs["largest_difference"] < 1e-5
+
 
 def task_file(folder, name, rows, **spec):
     data = folder / f"{name}.jsonl"
