@@ -136,11 +136,11 @@ def _generation(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[
     given = human_prompts(valid, args.texts, args.prompt_tokens, args.new_tokens)
     methods = [name.strip() for name in args.methods.split(",") if name.strip()] or list(METHODS)
     shown = ("distinct_2", "self_bleu_4", "seq_rep_4", "perplexity", "copy_rate")
-    print("".ljust(16) + "".join(name.rjust(22) for name in shown))
+    print("".ljust(16) + "".join(name.rjust(30) for name in shown))
 
     def say(name: str, values: Mapping[str, float]) -> None:
         cells = (f"{values[m]:.3g} ({values[m + '_low']:.3g} to {values[m + '_high']:.3g})" for m in shown)
-        print(name.ljust(16) + "".join(cell.rjust(22) for cell in cells), flush=True)
+        print(name.ljust(16) + "".join(cell.rjust(30) for cell in cells), flush=True)
 
     settings = dict(methods=methods, seed=args.seed, reference=reference, say=say)
     found = evaluate_generation(scorer, given, training_documents(data.splits, data.tokenizer), **settings)
