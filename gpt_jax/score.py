@@ -43,7 +43,7 @@ class Score:
 
     Attributes:
       logprobs: log-probability of each of its tokens, nats. greedy: whether each is the most likely one.
-      bytes: of its text without leading white space, for the normalisation; 0 where only ids are known.
+      bytes: of its text without one space before it, as lm-evaluation-harness counts; 0 where only ids are known.
     """
 
     logprobs: np.ndarray
@@ -168,7 +168,7 @@ class Scorer:
         pairs = list(pairs)
         ids = [split_pair(self.tokenizer, *pair, boundary=self.boundary) for pair in pairs]
         scores = self.score_ids([(self.begin + context, continuation) for context, continuation in ids])
-        sizes = [len(continuation.lstrip().encode("utf-8")) for _, continuation in pairs]
+        sizes = [len(continuation.removeprefix(" ").encode("utf-8")) for _, continuation in pairs]
         return [dataclasses.replace(score, bytes=size) for score, size in zip(scores, sizes, strict=True)]
 
     def rolling(self, texts: Iterable[str], stride: int = 0) -> list[Score]:

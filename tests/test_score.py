@@ -254,3 +254,5 @@ def test_whole_texts_and_empty_ones():
     assert long.total == pytest.approx(70 * (np.log(p[ord("a")]) + np.log(p[ord("b")])), rel=1e-5)
     assert none.tokens == 0 and none.total == 0
     assert one.tokens == 2 and one.bytes == 2
+    scores = planted(bias).score([("a", "aa"), ("a", " aa"), ("a", "  aa"), ("a", "\naa")])
+    assert [score.bytes for score in scores] == [2, 2, 3, 3]  # the space that delimits does not count, others do
