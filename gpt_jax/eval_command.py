@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -190,6 +191,11 @@ def open_scorer(
         raise UserError(
             f"the run in {workdir!r} has the objective {name!r}, which does not teach it to continue a text."
         )
+    if loaded.bidirectional_prompt and is_first():
+        said = (
+            "was trained to see all of a prompt at once (objective.mask=prefix); here contexts are read left to right"
+        )
+        print(f"the run in {workdir!r} {said}", file=sys.stderr)
     config = resolve(to_dict(loaded.config), overrides)
     mesh, rules = mesh_of(config), (*config.mesh.rules, *DEFAULT_RULES)
     scorer = Scorer(loaded.model, loaded.params, loaded.tokenizer, mesh=mesh, rules=rules, **settings)

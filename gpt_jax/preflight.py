@@ -115,7 +115,7 @@ def state_bytes(config: Any) -> int:
     import jax
 
     from gpt_jax.ahead import vocabulary_of
-    from gpt_jax.model.config import count_parameters
+    from gpt_jax.model.size import count_parameters
     from gpt_jax.run import fill_in, mesh_of
 
     try:

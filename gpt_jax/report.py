@@ -18,7 +18,7 @@ from gpt_jax.config import resolve
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
 from gpt_jax.metrics import best, read_rows
-from gpt_jax.model.config import count_parameters
+from gpt_jax.model.size import count_parameters
 from gpt_jax.report_page import report_page
 from gpt_jax.workdir import Workdir
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from gpt_jax.model.config import ModelConfig, count_parameters
+from gpt_jax.model.config import ModelConfig
+from gpt_jax.model.size import count_parameters
 from gpt_jax.sharding import path_name
 
 WIDTH_PER_LAYER, HEAD = 32, 32

@@ -24,7 +24,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all, evaluators_of
 from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb, read_rows
-from gpt_jax.model.config import count_parameters
+from gpt_jax.model.size import count_parameters
 from gpt_jax.objectives.base import bidirectional_prompt
 from gpt_jax.profiling import Startup, Trace
 from gpt_jax.remote import is_url

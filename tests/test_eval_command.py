@@ -44,6 +44,12 @@ def test_figures_have_standard_errors_and_the_last_line_is_json(run, file, capsy
         assert found["items"] == 12 and found["accuracy"] == found[f"accuracy_{how}"]
 
 
+def test_it_is_said_where_a_run_was_trained_under_another_mask(run, file, capsys, monkeypatch):
+    monkeypatch.setattr("gpt_jax.loading.Loaded.bidirectional_prompt", True)
+    assert main(["eval", f"--workdir={run}", f"--tasks=choices:{file}", "--limit=4"]) == 0
+    assert "here contexts are read left to right" in capsys.readouterr().err
+
+
 def test_a_mesh_gives_the_same_figures(run, file, capsys):
     flags = (f"--workdir={run}", f"--tasks=choices:{file}")
     assert jax.device_count() == 8
@@ -69,6 +75,8 @@ def test_the_harness_runs_beside(run, file, capsys):
         (["--tasks=choices:FILE", "--config.steps=2"], "only the mesh"),
         (["--tasks=choices:FILE", "--boundary=none"], "boundary is 'none'"),
         (["--tasks=choices:/none.jsonl"], "/none.jsonl"),
+        (["--max-batches=-1"], "--max-batches is -1; it must be at least 0"),
+        (["--tasks=choices:FILE", "--limit=-2"], "--limit is -2; it must be at least 0"),
     ],
 )
 def test_mistakes_are_told_in_a_line(run, file, capsys, flags, said):

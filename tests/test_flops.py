@@ -10,7 +10,7 @@ from jax import lax
 
 from gpt_jax.flops import count_flops
 from gpt_jax.model import Transformer
-from gpt_jax.model.config import count_parameters
+from gpt_jax.model.size import count_parameters
 from gpt_jax.objectives.causal_lm import CausalLM
 from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh

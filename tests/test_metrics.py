@@ -15,6 +15,7 @@ import pytest
 
 from gpt_jax.console import Console, console_line, format_seconds
 from gpt_jax.errors import UserError
+from gpt_jax.hooks import Validate
 from gpt_jax.metrics import MetricsWriter, best, cut_rows, format_row, open_wandb, parse_row, read_rows, zscore
 from gpt_jax.throughput import Clock, measure_cpu_peak, model_flops_per_token, peak_flops
 
@@ -364,3 +365,12 @@ def test_quiet_processes_print_nothing():
     with Console(10, stream=stream, quiet=True) as console:
         console.show("line")
     assert stream.getvalue() == ""
+
+
+def test_a_validation_without_text_shows_what_there_is(path):
+    shown = io.StringIO()
+    with MetricsWriter(path) as writer, Console(10, stream=shown) as console:
+        writer.add(5, {"train/loss": 1.0})
+        values = {"tasks/blimp/accuracy": 0.6}
+        assert Validate(writer, console, lambda params, step: values)(5, None) == values
+    assert "accuracy 0.6000" in shown.getvalue() and "valid" not in shown.getvalue()

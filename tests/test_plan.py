@@ -16,7 +16,7 @@ from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.ramp import rows_before
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import Collective
-from gpt_jax.model.config import count_parameters
+from gpt_jax.model.size import count_parameters
 from gpt_jax.plan import _guess, largest, mfu_bound, roofline
 from gpt_jax.presets import GPT3
 from gpt_jax.topologies import CHIPS, simulated

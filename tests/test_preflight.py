@@ -135,7 +135,7 @@ def test_a_slow_device_is_named(monkeypatch):
 def test_state_needs_what_its_parameters_do():
     model = {"vocab_size": 256, "d_model": 64, "num_layers": 2}
     config = resolve({"model": model | {"max_positions": 64}, "context_length": 64})
-    from gpt_jax.model.config import count_parameters
+    from gpt_jax.model.size import count_parameters
 
     assert preflight.state_bytes(config) == count_parameters(config.model) * 16 // 8
     own = resolve({"model": model | {"vocab_size": 0}, "data": {"tokenizer": {"kind": "byte"}}})

@@ -8,7 +8,7 @@ import pytest
 from gpt_jax import config as configs
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import MetricsWriter
-from gpt_jax.model.config import count_parameters
+from gpt_jax.model.size import count_parameters
 from gpt_jax.report import evaluation_table, plot_loss, write_report
 from gpt_jax.workdir import open_workdir
 

@@ -9,7 +9,7 @@ from helpers import tiny
 from test_report import run as run  # a made-up run directory
 
 from gpt_jax.model import Transformer
-from gpt_jax.model.config import count_parameters
+from gpt_jax.model.size import count_parameters
 from gpt_jax.objectives.causal_lm import CausalLM
 from gpt_jax.optim import make_optimizer
 from gpt_jax.report import write_report

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from helpers import initial_params, tiny
 
-from gpt_jax.model.config import ModelConfig, count_parameters
+from gpt_jax.model.config import ModelConfig
+from gpt_jax.model.size import count_parameters
 from gpt_jax.scaling import dial, groups_of, kind_of, rate_multipliers, scale_initial
 from gpt_jax.sharding import path_name
 

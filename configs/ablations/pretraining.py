@@ -3,7 +3,7 @@
 from gpt_jax.ablation import Ablation
 from gpt_jax.ablation.presets import tiny_task, tiny_text
 from gpt_jax.config import resolve
-from gpt_jax.model.config import count_parameters
+from gpt_jax.model.size import count_parameters
 from gpt_jax.objectives.replaced_token import generator_config
 
 STEPS = 240  # of the causal LM; the others get as many as cost the same

@@ -227,7 +227,7 @@ def compare_runs(paths: Sequence[str], metrics: Sequence[str] = (), title: str =
 
 
 def _formula(config: Any) -> float:
-    from gpt_jax.model.config import count_parameters
+    from gpt_jax.model.size import count_parameters
 
     model = config.model
     return model_flops_per_token(count_parameters(model), model.num_layers, model.d_model, config.context_length)
