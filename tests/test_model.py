@@ -14,6 +14,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model import Cache, Mask, ModelConfig, Transformer, count_parameters
 from gpt_jax.model.attention import Variant, attend
 from gpt_jax.model.layers import MLP
+from gpt_jax.model.taps import Taps
 from gpt_jax.presets import GPT2, GPT3, PRESETS
 from gpt_jax.sharding import is_boxed, path_name
 
@@ -301,6 +302,8 @@ def test_a_block_of_the_users_own_takes_the_place_of_the_built_in_one():
     ]
     for other in logits[1:]:
         np.testing.assert_allclose(logits[0], other, atol=1e-5)
+    with pytest.raises(UserError, match=r"block 'toys:ParallelBlock' gives no attention for a look inside"):
+        Transformer(config).apply({"params": params}, batch, taps=Taps(collect=("attention",)))
     with pytest.raises(UserError, match=r"block is 'parallel'; it is an import path"):
         tiny(block="parallel")
     with pytest.raises(UserError, match=r"cannot import 'toys:Nothing'"):

@@ -67,6 +67,9 @@ class _Repetition(nn.Module):
             block = block_class(self.config)(self.config, kind, name=f"block_{i}")
             own = None if taps is None else taps.of(i)
             x_BxTxD, _, kept = block(x_BxTxD, layer, positions, mask, None, keys_B, own)
+            lacking = [] if own is None else [name for name in own.collect if name not in kept]
+            if lacking:
+                raise UserError(f"block {self.config.block!r} gives no {', '.join(lacking)} for a look inside (taps).")
             found.append(kept)
         return x_BxTxD, None if taps is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
