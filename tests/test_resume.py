@@ -351,4 +351,7 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "evaluate_all", fails)  # a run that has ended knows what it was worth
         again = module.train(resolve(tree), str(tmp_path / "whole"), log=said.append)
+    skipping = resolve(tree | {"steps": 7}, {"data.skip": "[(1, 3)]"})
+    with pytest.raises(UserError, match=r"batches before 5 are behind the run, at step 5"):
+        module.train(skipping, str(tmp_path / "whole"), accept_changes=True, log=said.append)
     assert again["valid/loss"] == whole["valid/loss"] and again["valid/bits_per_byte"] == whole["valid/bits_per_byte"]
