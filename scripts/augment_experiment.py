@@ -16,6 +16,7 @@ import pathlib
 import sys
 
 from gpt_jax import config as configs
+from gpt_jax.augment.command import task_classifier
 from gpt_jax.augment.controls import distributional_neighbours
 from gpt_jax.augment.experiment import ARMS, Experiment, Models, Protocol, compare, table
 from gpt_jax.augment.finetune import Recipe
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--base", required=True, metavar="RUN", help="pre-trained causal_lm")
     parser.add_argument("--mlm", default="", metavar="RUN", help="pre-trained masked_lm")
     parser.add_argument("--rtd", default="", metavar="RUN", help="pre-trained replaced_token")
+    parser.add_argument("--oracle", default="", metavar="RUN", help="a classifier of all data, for label fidelity")
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated")
     parser.add_argument("--splits", type=int, default=15)
     parser.add_argument("--per-class", type=int, default=10, help="originals")
@@ -53,7 +55,8 @@ def main(argv: list[str]) -> int:
         arms = [arm for arm in arms if not arm.endswith("rtd")]
     config = configs.load(args.config, overrides)
     task = load_task(config.data.tasks[0])
-    models = Models(*(load(path) if path else None for path in (args.base, args.mlm, args.rtd)))
+    oracle = task_classifier(args.oracle, task, "--oracle") if args.oracle else None
+    models = Models(*(load(path) if path else None for path in (args.base, args.mlm, args.rtd)), oracle)
     texts = (text for _, text in iter_documents(path=args.neighbours_of)) if args.neighbours_of else None
     neighbours = distributional_neighbours(texts or (e.text for e in task.examples("train"))) if "eda" in arms else {}
     recipe = Recipe(

@@ -279,12 +279,40 @@ def test_substitution_keeps_all_but_the_hidden_tokens_and_draws_no_special(mlm, 
     may = rows["target_weights"] > 0
     hidden = generator.choose(may, np.random.default_rng(0))
     assert (hidden.sum(1) == np.round(0.2 * may.sum(1))).all() and not (hidden & ~may).any()
-    params = generator.tuner.fit(train, 0)["model"]
+    params = generator.tuner.fit(train, 0)
     ids, logp = generator.fill(params, rows, hidden, jax.random.key(0))
     assert (ids[~hidden] == rows["tokens"][~hidden]).all() and (ids[hidden] < 256).all() and (logp <= 0).all()
     found = generator.augment(train, random.Random(0))
     assert len(found) == 2 * len(train) and all(train[f.parent].label == f.label for f in found)
     assert len({f.text for f in found} - {e.text for e in train}) > len(train)
+
+
+@pytest.mark.slow
+def test_an_embedded_label_is_no_token_and_decides_what_is_drawn(mlm):
+    from gpt_jax.augment.generators import MaskedSubstitution
+    from gpt_jax.loading import load
+
+    examples = [Classify("The sky is " + end * 12, label) for label, end in (("glad", "a"), ("sad", "z"))] * 4
+    small = recipe(steps=60, learning_rate=1e-2)
+    generator = MaskedSubstitution(load(mlm), LABELS, small, rate=0.5, per_example=1, temperature=0.0, embedded=True)
+    rows = generator.tuner.encode(examples).build(np.zeros(8, np.int64), np.arange(8))
+    assert (rows["target_weights"][:, 1:24] == 1).all()  # all but the EOT is text
+    assert rows["label"].tolist() == [LABELS.index(e.label) for e in examples]
+    params = generator.tuner.fit(examples, 0)
+    assert params["label"]["embedding"].shape == (2, 32)
+    hidden = np.zeros(rows["tokens"].shape, bool)
+    hidden[:, 12:24] = True  # all that tells the two apart
+    ids, _ = generator.fill(params, rows, hidden, jax.random.key(0))
+    assert bytes(ids[0, 12:24].tolist()) == b"a" * 12 and bytes(ids[1, 12:24].tolist()) == b"z" * 12
+    other, _ = generator.fill(params, {**rows, "label": 1 - rows["label"]}, hidden, jax.random.key(0))
+    assert (other[0] == ids[1]).all() and (other[1] == ids[0]).all()
+    before = {**params, "label": {"embedding": np.zeros((2, 32), np.float32)}}
+    plain = MaskedSubstitution(load(mlm), LABELS, small, temperature=0.0)  # vectors of 0 change nothing
+    np.testing.assert_array_equal(
+        generator.fill(before, rows, hidden, jax.random.key(0))[0],
+        plain.fill(before, rows, hidden, jax.random.key(0))[0],
+    )
+    assert generator.name == "mlm_embedded" and len(generator.augment(examples, random.Random(0))) == 8
 
 
 @pytest.mark.slow
@@ -296,7 +324,7 @@ def test_substitution_in_chunks_draws_the_same_and_at_temperature_0_the_likelies
     encoded = generator.tuner.encode(train)
     rows = encoded.build(np.zeros(len(train), np.int64), np.arange(len(train)))
     hidden = generator.choose(rows["target_weights"] > 0, np.random.default_rng(0))
-    params, key = generator.run.all_params["model"], jax.random.key(3)
+    params, key = generator.run.all_params, jax.random.key(3)
     whole, logp = generator.fill(params, rows, hidden, key)
     shapes, compiled = [], generator._fill
     generator._fill = lambda *args: shapes.append(args[2].shape) or compiled(*args)
@@ -421,6 +449,13 @@ def test_arms_are_compared_on_the_same_splits():
     assert found["eda"]["difference"] == pytest.approx(0.0205) and found["eda"]["splits"] == 10
     assert 0.02 <= found["eda"]["low"] < 0.0205 < found["eda"]["high"] <= 0.021  # paired: far narrower than the sd
     assert "| eda | 10 |" in table(list(found.values()))
+    assert "fidelity" not in table(list(found.values()))
+    rows[-1] |= {"fidelity": 0.5, "copied": 0.0}
+    rows[-2] |= {"fidelity": 0.75, "copied": 0.25}
+    *_, eda = compare(rows)
+    assert eda["fidelity"] == 0.625 and eda["copied"] == 0.125
+    header, _, none, last = table(compare(rows)).splitlines()
+    assert header.endswith("| fidelity | copied |") and none.endswith("|  |  |") and last.endswith("| 0.625 | 0.125 |")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from gpt_jax.errors import UserError, choose
 from gpt_jax.files import atomic_write
 from gpt_jax.tasks import Task, load_task
 
-METHODS = ("copy", "eda", "lm", "lm_prefix", "mlm", "text")
+METHODS = ("copy", "eda", "lm", "lm_prefix", "mlm", "mlm_embedded", "text")
 _LEAST = {  # of the flags that count something
     "per_class": 0,
     "count": 1,
@@ -114,7 +114,7 @@ def _examples(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
     texts, originals = [e.text for e in chosen], [e.text for e in train]
     measured = {"synthetic": figures(texts, originals), "originals": figures(originals)}
     if args.oracle:
-        oracle = _classifier(args.oracle, task, "--oracle")
+        oracle = task_classifier(args.oracle, task, "--oracle")
         for name, examples in (("synthetic", chosen), ("originals", train)):
             measured[name] = {"fidelity": fidelity(examples, oracle.probabilities, oracle.labels), **measured[name]}
     atomic_write(out / "report.md", write_report(chosen, train, counts, provenance, measured))
@@ -186,8 +186,9 @@ def make_generator(args: argparse.Namespace, task: Task, train: Sequence[Any]) -
     optimizer = run.config.optimizer.name if run.config.optimizer.name in RATES else "adamw"
     rate = args.learning_rate or RATES[optimizer]
     recipe = Recipe(args.steps, min(8, len(train)), args.length, rate, optimizer=optimizer)
-    if args.method == "mlm":
-        return MaskedSubstitution(run, task.labels, recipe, rate=args.rate, temperature=args.temperature)
+    if args.method.startswith("mlm"):
+        options = dict(rate=args.rate, temperature=args.temperature, embedded=args.method == "mlm_embedded")
+        return MaskedSubstitution(run, task.labels, recipe, **options)
     sampler = dict(temperature=args.temperature, top_p=args.top_p, per_class=max(16, args.count))
     words = args.prefix_words if args.method == "lm_prefix" else 0
     return LabelLM(run, task.labels, recipe, prefix_words=words, **sampler)
@@ -203,7 +204,7 @@ def make_filters(args: argparse.Namespace, task: Task) -> list[Filter]:
     if args.rtd:
         filters.append(Replaced(replaced_rate(load(args.rtd))))
     if args.classifier:
-        found = _classifier(args.classifier, task, "--classifier")
+        found = task_classifier(args.classifier, task, "--classifier")
         filters.append(Confidence(found.probabilities, found.labels, args.least))
     return filters
 
@@ -212,7 +213,8 @@ def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _classifier(workdir: str, task: Task, flag: str) -> Any:
+def task_classifier(workdir: str, task: Task, flag: str) -> Any:
+    """A trained classifier that has the task's labels, named by a flag."""
     from gpt_jax.classifier import load_classifier
 
     found = load_classifier(workdir)

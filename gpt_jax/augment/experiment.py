@@ -22,7 +22,7 @@ from gpt_jax.augment.command import draw, held_out_texts, single_texts
 from gpt_jax.augment.controls import EDA, Copy
 from gpt_jax.augment.filters import Confidence, Replaced, replaced_rate
 from gpt_jax.augment.finetune import FineTuner, Recipe
-from gpt_jax.augment.report import figures
+from gpt_jax.augment.report import fidelity, figures
 from gpt_jax.classifier import TextClassifier
 from gpt_jax.data.cache import content_hash
 from gpt_jax.data.formats import TaskInfo
@@ -31,7 +31,9 @@ from gpt_jax.loading import Loaded
 from gpt_jax.objectives.base import Host, Setting, build_objective, rows_of
 from gpt_jax.tasks import Task
 
-ARMS = ("none", "copy", "eda", "lm", "mlm", "lm+filter", "mlm+rtd")
+ARMS = ("none", "copy", "eda", "lm", "mlm", "mlm_embedded", "lm+filter", "mlm+rtd")
+
+MEASURED = ("fidelity", "distinct_2", "self_bleu_4", "copied")  # of an arm's synthetic texts, in the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +57,15 @@ class Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """Pre-trained runs: of the classifier, and of the generators and the discriminator where an arm needs them."""
+    """Pre-trained runs: of the classifier, and of the generators and the discriminator where an arm needs them.
+
+    `oracle`, a classifier trained on all data, only measures: the share of synthetic labels that it agrees with.
+    """
 
     base: Loaded
     mlm: Loaded | None = None
     rtd: Loaded | None = None
+    oracle: TextClassifier | None = None
 
 
 class Experiment:
@@ -128,6 +134,8 @@ class Experiment:
             shares = [dataclasses.replace(train[0], text=s.text, label=s.label) for s in synthetic]
             params = self.tuner.fit(train, seed, shares)
             found = figures([s.text for s in synthetic], [e.text for e in train])
+            if oracle := self.models.oracle:
+                found["fidelity"] = fidelity(synthetic, oracle.probabilities, oracle.labels)
             extra = {"generated": counts.generated, **found}
         table = self.classifier(params).probabilities([e.text for e in self.test])
         right = [self.task.labels[i] == e.label for i, e in zip(table.argmax(1).tolist(), self.test, strict=True)]
@@ -162,7 +170,7 @@ class Experiment:
             return EDA(self.neighbours)
         if method == "lm":
             return LabelLM(self.models.base, labels, protocol.generator, per_class=protocol.count)
-        return MaskedSubstitution(self.models.mlm, labels, protocol.generator)
+        return MaskedSubstitution(self.models.mlm, labels, protocol.generator, embedded=method == "mlm_embedded")
 
     def filters(self, name: str, train: Sequence[Any], seed: int) -> list[Filter]:
         """LAMBADA's filter is a classifier trained on the originals; the discriminator's needs no training."""
@@ -199,7 +207,8 @@ def compare(rows: Sequence[Mapping[str, Any]], baseline: str = "none", resamples
 
     Returns:
       A row per arm: arm, splits, mean, sd, difference, and low and high, the 95% interval of the difference by
-      bootstrap over the splits (paired). Splits that the baseline lacks are left out of the difference.
+      bootstrap over the splits (paired). Splits that the baseline lacks are left out of the difference. Beside them the
+      means over the splits of what is known of the synthetic texts (`MEASURED`).
     """
     by_arm: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -215,14 +224,22 @@ def compare(rows: Sequence[Mapping[str, Any]], baseline: str = "none", resamples
             means = gaps[rng.integers(0, len(gaps), (resamples, len(gaps)))].mean(1)
             low, high = np.quantile(means, [0.025, 0.975])
             row |= {"difference": float(gaps.mean()), "low": float(low), "high": float(high)}
+        for name in MEASURED:
+            known = [row[name] for row in rows if row["arm"] == arm and name in row]
+            if known:
+                row[name] = float(np.mean(known))
         out.append(row)
     return out
 
 
 def table(summary: Sequence[Mapping[str, Any]]) -> str:
     """The comparison as Markdown."""
-    lines = ["| arm | splits | accuracy | sd | against none (95%) |", "|---|---:|---:|---:|---|"]
+    known = [name for name in MEASURED if any(name in row for row in summary)]
+    lines = ["".join(f"| {name} " for name in ("arm", "splits", "accuracy", "sd", "against none (95%)", *known)) + "|"]
+    lines += ["|---|---:|---:|---:|---|" + "---:|" * len(known)]
     for row in summary:
         gap = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})" if "difference" in row else ""
-        lines.append(f"| {row['arm']} | {row['splits']} | {row['mean']:.4f} | {row['sd']:.4f} | {gap} |")
+        cells = [f"{row[name]:.3f}" if name in row else "" for name in known]
+        cells = [row["arm"], str(row["splits"]), f"{row['mean']:.4f}", f"{row['sd']:.4f}", gap, *cells]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

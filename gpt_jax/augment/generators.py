@@ -5,12 +5,14 @@ Both begin with a pre-trained run and are tuned on the originals:
     LabelLM             EOT label SEP text EOT, the loss on the text; sampled from EOT label SEP, or with the first
                         words of an original too (LAMBADA: Anaby-Tavor et al. 2020; GPT2-context: Kumar et al. 2020)
     MaskedSubstitution  EOT label SEP text, a part of the text's tokens masked; then the same on originals, the hidden
-                        tokens drawn from the model (CBERT with the label prepended: Wu et al. 2019, Kumar et al. 2020)
+                        tokens drawn from the model (the label prepended: Kumar et al. 2020); or EOT text, with a vector
+                        of the label joined to every token's embedding (CBERT: Wu et al. 2019)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from gpt_jax.augment.base import Synthetic
 from gpt_jax.augment.finetune import FineTuner, Recipe
@@ -60,11 +63,15 @@ class LabelledRows(PromptRows):
 
 @dataclasses.dataclass(frozen=True)
 class HiddenRows:
-    """EOT label SEP text: rows for a masked language model, of which only the text may be hidden (an ExampleRows)."""
+    """EOT label SEP text: rows for a masked language model, of which only the text may be hidden (an ExampleRows).
+
+    With `embedded` the text alone, and the label's number beside it as "label".
+    """
 
     eot: int
     sep: int
     length: int
+    embedded: bool = False
     kind: str = "classify"
     pack: bool = False
     generates: bool = False
@@ -73,15 +80,40 @@ class HiddenRows:
     def arrays(self) -> Arrays:
         kinds = {"tokens": np.int32, "targets": np.int32, "target_weights": np.float32}
         kinds |= {"segment_ids": np.int32, "positions": np.int32}
-        return {name: ((self.length,), kind) for name, kind in kinds.items()}
+        label = {"label": ((), np.int32)} if self.embedded else {}
+        return {name: ((self.length,), kind) for name, kind in kinds.items()} | label
 
     def encode(self, example: Any, task: TaskInfo, tokenizer: Any) -> list[Row]:
-        prefix = label_prefix(example.label, tokenizer, self.eot, self.sep)
+        prefix = [self.eot] if self.embedded else label_prefix(example.label, tokenizer, self.eot, self.sep)
         ids = np.array([*prefix, *tokenizer.encode(example.text).tolist()], np.int32)[: self.length]
         places = np.arange(len(ids), dtype=np.int32)
         weights = (places >= len(prefix)).astype(np.float32)
         ones = np.ones(len(ids), np.int32)
-        return [{"tokens": ids, "targets": ids, "target_weights": weights, "segment_ids": ones, "positions": places}]
+        row = {"tokens": ids, "targets": ids, "target_weights": weights, "segment_ids": ones, "positions": places}
+        return [row | ({"label": np.int32(task.labels.index(example.label))} if self.embedded else {})]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledMaskedLM(MaskedLM):
+    """A masked language model that is told each row's label by a vector of it, joined to all token embeddings.
+
+    The vectors are 0 at first, so that tuning begins at the pre-trained model (CBERT has them in place of BERT's
+    segment embeddings). Batch: as MaskedLM's, and label [B].
+    """
+
+    labels: int = 1
+
+    def init(self, key: Any, batch: Any) -> Any:
+        roots = super().init(key, batch)
+        table = jnp.zeros((self.labels, self.model.config.embed_size), self.model.config.param_dtype)
+        return {**roots, "label": {"embedding": nn.LogicallyPartitioned(table, (None, "embed"))}}
+
+    def batch_spec(self, batch_size: int, context_length: int) -> Any:
+        label = jax.ShapeDtypeStruct((batch_size,), np.int32)
+        return {**super().batch_spec(batch_size, context_length), "label": label}
+
+    def added(self, params: Any, batch: Any) -> Any:
+        return jnp.take(params["label"]["embedding"], batch["label"], axis=0)[:, None]
 
 
 def label_prefix(label: str, tokenizer: Any, eot: int, sep: int) -> list[int]:
@@ -175,9 +207,9 @@ class MaskedSubstitution:
     Args:
       run: a pre-trained masked_lm. labels, recipe: as in LabelLM. rate: part of the tokens hidden (one at least).
       per_example: texts of each original at a call. temperature: of the draws; 0 takes the most likely token.
+      embedded: the label as a vector joined to every token's embedding, not as tokens in front.
     """
 
-    name = "mlm"
     copies = False
 
     def __init__(
@@ -189,16 +221,19 @@ class MaskedSubstitution:
         rate: float = 1 / 7,
         per_example: int = 8,
         temperature: float = 1.0,
+        embedded: bool = False,
     ):
+        self.name = "mlm_embedded" if embedded else "mlm"
         self.run, self.rate, self.per_example = run, rate, per_example
         self.temperature = Sampling(temperature).temperature
         tokenizer = run.tokenizer
         self.eot, self.sep, self.mask = (special_id(tokenizer.specials, name) for name in ("eot", "sep", "mask"))
         specials = tuple(tokenizer.specials.values())
         self.hidden_from_draws = np.isin(np.arange(run.config.model.vocab_size), specials)
-        objective = MaskedLM(Transformer(run.config.model), mask_token=self.mask, specials=specials, rate=rate)
+        objective = functools.partial(LabelledMaskedLM, labels=len(labels)) if embedded else MaskedLM
+        objective = objective(Transformer(run.config.model), mask_token=self.mask, specials=specials, rate=rate)
         start = {"model": start_of(run, "masked_lm", "the generator 'mlm'")["model"]}
-        self.rows = HiddenRows(self.eot, self.sep, recipe.length)
+        self.rows = HiddenRows(self.eot, self.sep, recipe.length, embedded)
         self.tuner = FineTuner(objective, self.rows, tokenizer, start, recipe, labels)
         self._fill = jax.jit(self._fill_in)
         self._tuned: tuple[int, Any] = (-1, None)
@@ -206,7 +241,7 @@ class MaskedSubstitution:
     _fit = LabelLM._fit
 
     def augment(self, train: Sequence[Any], rng: random.Random) -> list[Synthetic]:
-        params = self._fit(train)["model"]
+        params = self._fit(train)
         encoded = self.tuner.encode(train)
         n = encoded.rows_per_epoch
         rows = encoded.build(np.zeros(n, np.int64), np.arange(n))
@@ -236,7 +271,7 @@ class MaskedSubstitution:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draws the hidden tokens, `chunk` rows at a time: (ids, their log-probabilities), [B, T].
 
-        A row's draws depend on `key` and its number alone; specials are never drawn.
+        `params` by root. A row's draws depend on `key` and its number alone; specials are never drawn.
         """
         n = len(hidden_BxT)
         chunk, parts = min(chunk, n), []
@@ -249,16 +284,10 @@ class MaskedSubstitution:
         return ids, logp
 
     def _fill_in(self, params: Any, rows: Mapping[str, Any], hidden: Any, key: Any, numbers: Any) -> tuple[Any, Any]:
-        model = self.tuner.objective.model
-        inputs = jnp.where(hidden, self.mask, rows["tokens"])
-        states, _ = model.apply(
-            {"params": params},
-            inputs,
-            mask=Mask("bidirectional", segments_BxT=rows["segment_ids"]),
-            positions=rows["positions"],
-            method="encode",
-        )
-        logits = model.apply({"params": params}, states, method="unembed")[..., : model.config.vocab_size]
+        objective, model = self.tuner.objective, self.tuner.objective.model
+        batch = {**rows, "inputs": jnp.where(hidden, self.mask, rows["tokens"])}
+        states = objective.states(params, batch, Mask("bidirectional", segments_BxT=rows["segment_ids"]))
+        logits = model.apply({"params": params["model"]}, states, method="unembed")[..., : model.config.vocab_size]
         logits = jnp.where(self.hidden_from_draws, -1e30, logits) / (self.temperature or 1.0)
         if self.temperature == 0:
             drawn = jnp.argmax(logits, axis=-1)

@@ -165,15 +165,21 @@ class Transformer(nn.Module):
         logits = self.unembed(hidden)[..., : self.config.vocab_size]
         return Output(hidden=hidden, logits=logits, cache=cache, intermediates=found)
 
-    def encode(self, tokens, *, mask=None, positions=None, cache=None, keys=None) -> tuple[Array, Cache | None]:
-        """As `__call__`, without the output layer: hidden [B, T, D] and the cache."""
-        return self._encode(tokens, mask=mask, positions=positions, cache=cache, keys=keys, taps=None)[:2]
+    def encode(
+        self, tokens, *, mask=None, positions=None, cache=None, keys=None, added=None
+    ) -> tuple[Array, Cache | None]:
+        """As `__call__`, without the output layer: hidden [B, T, D] and the cache.
+
+        `added`, [B, 1, E] or [B, T, E], joins the token embeddings: of a segment, or of a label (CBERT).
+        """
+        options = dict(mask=mask, positions=positions, cache=cache, keys=keys)
+        return self._encode(tokens, **options, taps=None, added=added)[:2]
 
     def lens(self, residual: Array) -> Array:
         """What a residual stream [..., D] would say if it were the last: final norm and output layer, [..., V]."""
         return self.unembed(self.final_norm(residual))[..., : self.config.vocab_size]
 
-    def _encode(self, tokens, *, mask, positions, cache, keys, taps) -> tuple[Array, Cache | None, Any]:
+    def _encode(self, tokens, *, mask, positions, cache, keys, taps, added=None) -> tuple[Array, Cache | None, Any]:
         config = self.config
         B, T = tokens.shape
         if config.positions == "learned" and positions is None and T > config.max_positions:
@@ -188,6 +194,8 @@ class Transformer(nn.Module):
         elif contiguous:
             positions = jnp.arange(T)
         x = jnp.take(self.embedding.astype(config.dtype), tokens, axis=0)
+        if added is not None:
+            x = x + added.astype(config.dtype)
         if config.positions == "learned":
             table = self.position_embedding.astype(config.dtype)
             x = add_bias(x, table[:T]) if contiguous else x + jnp.take(table, positions, axis=0, mode="clip")

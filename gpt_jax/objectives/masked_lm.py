@@ -183,17 +183,21 @@ class MaskedLM(Objective):
     def token_logits(self, params: Params, batch: Batch, keys: Array | None = None) -> Array:
         """Logits [B, N, V] at the slots of a prepared batch; `keys` for dropout."""
         mask = masking.bidirectional_mask(batch)
-        hidden = masking.at_slots(self._encode(params, batch, mask, keys), batch["slots"])
+        hidden = masking.at_slots(self.states(params, batch, mask, keys), batch["slots"])
         return self.model.apply({"params": params["model"]}, hidden, method="unembed")
 
     def _next_masked(self, params: Params, batch: Batch, keys: Array | None) -> Array:
         mask = Mask("causal", masking.bidirectional_mask(batch).segments_BxT)
-        return token_score(params["next_masked"], self._encode(params, batch, mask, keys))
+        return token_score(params["next_masked"], self.states(params, batch, mask, keys))
 
-    def _encode(self, params: Params, batch: Batch, mask: Mask, keys: Array | None) -> Array:
-        inputs, positions = batch["inputs"], batch.get("positions")
-        options = dict(mask=mask, positions=positions, keys=keys, method="encode")
-        return self.model.apply({"params": params["model"]}, inputs, **options)[0]
+    def states(self, params: Params, batch: Batch, mask: Mask, keys: Array | None = None) -> Array:
+        """The model's states [B, T, D] of a batch's "inputs"; what `added` gives joins their embeddings."""
+        options = dict(mask=mask, positions=batch.get("positions"), keys=keys, added=self.added(params, batch))
+        return self.model.apply({"params": params["model"]}, batch["inputs"], **options, method="encode")[0]
+
+    def added(self, params: Params, batch: Batch) -> Array | None:
+        """What joins the token embeddings of each row, [B, 1, E]; None: nothing."""
+        return None
 
 
 def edit_distances(
