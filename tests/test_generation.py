@@ -9,7 +9,7 @@ from scipy import stats
 
 from gpt_jax.errors import UserError
 from gpt_jax.generation import Sampling, filter_logits, generate, penalise, sample_token, stream_batch
-from gpt_jax.model import Transformer
+from gpt_jax.model import Mask, Transformer
 
 VARIANTS = {
     "learned": {},
@@ -43,6 +43,25 @@ def test_greedy_from_the_cache_is_greedy_from_the_full_forward_pass_for_ragged_p
         )
         np.testing.assert_allclose(values, full[np.arange(6), row], atol=1e-4)
         np.testing.assert_allclose(logits[np.arange(6), row], logits.max(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["learned", "rope", "alibi", "grouped", "banded"])
+def test_ragged_prompts_read_both_ways_from_the_cache_are_those_of_the_full_forward_pass(name):
+    config = tiny(max_positions=24, **VARIANTS[name])
+    model, params = Transformer(config), params_of(config)
+    prompts = [row[:n].tolist() for row, n in zip(tokens(rows=4, length=8), (8, 5, 3, 1), strict=True)]
+    settings = dict(max_tokens=6, temperature=0.0, logprobs=True)
+    new, scores = generate(model, params, prompts, bidirectional_prompt=True, **settings)
+    forward = jax.jit(lambda t, prefix: model.apply({"params": params}, t, mask=Mask("prefix", None, prefix)).logits)
+    for prompt, row, values in zip(prompts, new, scores, strict=True):
+        text = np.zeros((1, 24), np.int32)
+        text[0, : len(prompt) + 6] = prompt + row
+        logits = np.asarray(forward(text, np.arange(24)[None] < len(prompt)))[0, len(prompt) - 1 : len(prompt) + 5]
+        expected = np.asarray(jax.nn.log_softmax(logits))
+        np.testing.assert_allclose(values, expected[np.arange(6), row], atol=1e-4)
+        np.testing.assert_allclose(logits[np.arange(6), row], logits.max(-1), atol=1e-4)
+    causal = generate(model, params, prompts, **settings)[1]
+    assert abs(causal[0][0] - scores[0][0]) > 1e-3 and abs(causal[3][0] - scores[3][0]) < 1e-5  # of 8 tokens, of one
 
 
 def test_a_request_gets_the_same_tokens_alone_or_in_any_batch():

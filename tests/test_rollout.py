@@ -3,7 +3,11 @@
 import collections
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -190,6 +194,28 @@ def test_a_run_that_is_continued_makes_the_same_rollouts(tmp_path):
     assert expected[0]["train/kl"] == 0 and expected[-1]["train/kl"] > 0  # the reference is where it began
     perf = [row for row in read_rows(whole / "metrics.jsonl") if "perf/rollout_tokens_per_s" in row]
     assert [row["step"] for row in perf] == [1, 3, 5, 7]
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_rollout_goes_on_with_the_same_rollouts(tmp_path):
+    """kill -9 while the answers of the fourth rollout are judged; the last checkpoint lies one rollout before."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    config = TINY | {"objective": TINY["objective"] | {"rewards": ("edit_distance", "toy_tasks:fatal")}}
+    train(resolve(config), str(whole), log=quiet)
+    code = "import json, sys; from gpt_jax.config import resolve; from gpt_jax.train import train; "
+    code += "train(resolve(json.loads(sys.argv[1])), sys.argv[2])"
+    command = [sys.executable, "-c", code, json.dumps(config), str(again)]
+    saved = again / "checkpoints" / "4"
+    paths = {"PYTHONPATH": os.path.dirname(__file__)}
+    environment = os.environ | {"FATAL_CALL": "4", "FATAL_AFTER": str(saved)} | paths
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert sorted(os.listdir(again / "checkpoints")) == ["4", "frozen"]
+    train(resolve(config), str(again), log=quiet)
+    expected, found = rows_without_perf(whole), rows_without_perf(again)
+    assert found == expected and [row["step"] for row in found] == list(range(1, 9))
+    rollouts = [row["step"] for row in read_rows(again / "metrics.jsonl") if "perf/rollout_tokens_per_s" in row]
+    assert rollouts == [1, 3, 5, 7]
 
 
 @pytest.mark.slow
