@@ -156,8 +156,8 @@ class RolloutSource:
         )
 
     def prompt(self, maker: Any, example: Any) -> list[int]:
-        """Ids of a prompt, cut on its left to leave room for the answer in the row."""
-        room = self.makers[0].length + 1 - min(self.objective.max_new, maker.length // 2)
+        """Ids of a prompt, cut on its left to leave room for the answer in the row, and in the model's positions."""
+        room = self.makers[0].length - min(self.objective.max_new, maker.length // 2)
         return cut_prompt(maker.format.prompt(example, self.tokenizer), room)
 
     def draw(self, params: Any, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Answers:

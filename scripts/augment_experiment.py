@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--per-class", type=int, default=10, help="originals")
     parser.add_argument("--count", type=int, default=40, help="synthetic examples per class")
     parser.add_argument("--oversample", type=int, default=5, help="candidates before a filter, times --count")
-    parser.add_argument("--generator-steps", type=int, default=100)
+    parser.add_argument("--generator-steps", type=int, default=20, help="more, and it says its originals by heart")
     parser.add_argument("--generator-rate", type=float, default=0.0, help="learning rate; 0: the classifier's")
     parser.add_argument("--test-limit", type=int, default=0, help="0 tests on all examples")
     parser.add_argument("--neighbours-of", default="", metavar="FILES", help="text for EDA; default: the task's own")

@@ -186,6 +186,30 @@ def test_eda_changes_as_many_words_as_it_says():
     assert set(kinds) == {"insert", "delete", "swap", "replace"} and min(kinds.values()) == 10
 
 
+def test_eda_takes_every_original_before_any_again(train):
+    eda = EDA({"sun": ["moon", "song"], "rain": ["snow", "tears"], "light": ["dark"]}, alpha=0.3)
+    count = 4 * len(train) // len(LABELS)
+    chosen, _ = augment_task(train, eda, per_class=per_label(LABELS, count), rng=random.Random(0))
+    parents = collections.Counter(example.parent for example in chosen)
+    assert set(parents) == set(range(len(train))) and max(parents.values()) <= 8  # not 16 of each
+
+
+def test_not_exact_takes_what_there_is(train):
+    class Few:
+        name, copies = "few", False
+
+        def augment(self, train, rng):
+            return [Synthetic("glad", f"text {rng.randrange(3)}") for _ in range(9)]
+
+    wanted = dict(per_class=per_label(LABELS, 5), rng=random.Random(0))
+    chosen, counts = augment_task(train, Few(), exact=False, **wanted)
+    assert len(chosen) == counts.selected == 3
+    with pytest.raises(UserError, match="3 synthetic examples of class 'glad' are left"):
+        augment_task(train, Few(), **wanted)
+    with pytest.raises(UserError, match="no synthetic example is left"):
+        select([], per_label(LABELS, 5), exact=False)
+
+
 def test_what_is_generated_from_nothing_is_not_an_original():
     """Texts of one word, unknown words: nothing to do is not a copy."""
     assert EDA({}, per_example=8).augment([Classify("word", "a", where="x")], random.Random(0)) == []
@@ -467,12 +491,14 @@ def test_the_experiment_goes_on_where_it_stopped(lm, tmp_path):
     small = Recipe(steps=12, batch_size=8, length=48, learning_rate=3e-3)
     protocol = Protocol(per_class=4, count=6, oversample=2, splits=2, generator=small)
 
-    def experiment(recipe=small):
+    def experiment(recipe=small, base=None):
         neighbours = {"sun": ["song"], "rain": ["tears"]}
         out = tmp_path / "out"
         quiet = lambda line: None  # noqa: E731
         task = toy_tasks.moods(train=40)
-        return Experiment(task, {"name": "classify"}, recipe, Models(load(lm)), protocol, neighbours, out, quiet)
+        return Experiment(
+            task, {"name": "classify"}, recipe, Models(base or load(lm)), protocol, neighbours, out, quiet
+        )
 
     first = experiment()
     arms = ("none", "copy", "eda", "lm+filter")
@@ -484,4 +510,7 @@ def test_the_experiment_goes_on_where_it_stopped(lm, tmp_path):
     assert experiment().run(arms) == rows and read_results(path) == rows
     with pytest.raises(UserError, match="results of another recipe or protocol"):
         experiment(dataclasses.replace(small, steps=13)).run(arms)
+    with pytest.raises(UserError, match="results of another recipe or protocol"):
+        experiment(base=dataclasses.replace(load(lm), step=7)).run(arms)
+    assert all(row["synthetic"] == 12 for row in rows if row["arm"] != "none")
     assert rows[1]["copied"] == 1.0 and rows[2]["copied"] == 0.0

@@ -65,21 +65,25 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def select(candidates: Sequence[Synthetic], per_class: Mapping[str, int], by_score: bool = True) -> list[Synthetic]:
-    """Returns exactly so many of each class: those of the best scores, or the first ones.
+def select(
+    candidates: Sequence[Synthetic], per_class: Mapping[str, int], by_score: bool = True, exact: bool = True
+) -> list[Synthetic]:
+    """Returns exactly so many of each class: those of the best scores, or the first ones; not `exact`, so many at most.
 
     Raises:
-      UserError: a class has too few.
+      UserError: a class has too few; not `exact`, none is left of any.
     """
     out = []
     for label, count in per_class.items():
         own = [c for c in candidates if c.label == label]
-        if len(own) < count:
+        if exact and len(own) < count:
             raise UserError(
                 f"{len(own)} synthetic examples of class {label!r} are left of the candidates, {count} are wanted: "
                 "ask for fewer (--count), filter less or generate more (--oversample)."
             )
         out += sorted(own, key=lambda c: -c.score)[:count] if by_score else own[:count]
+    if not out:
+        raise UserError("no synthetic example is left of the candidates: filter less or generate more.")
     return out
 
 
@@ -92,6 +96,7 @@ def augment_task(
     filters: Sequence[Filter] = (),
     refused: Iterable[str] = (),
     oversample: int = 1,
+    exact: bool = True,
 ) -> tuple[list[Synthetic], Counts]:
     """Generates, filters and selects synthetic examples.
 
@@ -99,13 +104,14 @@ def augment_task(
       train: originals. generator: see `Generator`. per_class: how many of each label. rng: of all draws.
       filters: applied in turn. refused: texts that no example may equal: those of the validation and test sets.
       oversample: candidates of each class before the best are taken, in multiples of `per_class`.
+      exact: a class that stays short is an error; else it has fewer.
 
     Returns:
       (examples, counts). No two examples have the same text, none that of an original (unless the generator copies),
       none that of a refused one, all but for case, punctuation and space.
 
     Raises:
-      UserError: a class stays short, although some rounds gave nothing new of one.
+      UserError: a class stays short, although some rounds gave nothing new of one (not `exact`: all of them empty).
     """
     seen = set() if generator.copies else {normalise(example.text) for example in train}
     closed = {normalise(text) for text in refused}
@@ -136,7 +142,7 @@ def augment_task(
         short = {label for label, count in per_class.items() if have[label] < oversample * count}
         if not short:
             break
-    chosen = select(kept, per_class, by_score=bool(filters))
+    chosen = select(kept, per_class, by_score=bool(filters), exact=exact)
     counts.selected, counts.left = len(chosen), len(kept) - len(chosen)
     return chosen, counts
 

@@ -55,8 +55,8 @@ class EDA:
     def augment(self, train: Sequence[Any], rng: random.Random) -> list[Synthetic]:
         ways = (self._replace, self._insert, self._swap, self._delete)
         out = []
-        for i, example in enumerate(train):
-            for turn in range(self.per_example):
+        for turn in range(self.per_example):  # all originals before any of them again: a cut-off takes of each alike
+            for i, example in enumerate(train):
                 words = example.text.split()
                 n = max(1, round(self.alpha * len(words)))
                 changed = ways[turn % len(ways)](words, n, rng)

@@ -24,6 +24,7 @@ from gpt_jax.augment.filters import Confidence, Replaced, replaced_rate
 from gpt_jax.augment.finetune import FineTuner, Recipe
 from gpt_jax.augment.report import fidelity, figures
 from gpt_jax.classifier import TextClassifier
+from gpt_jax.config import to_dict
 from gpt_jax.data.cache import content_hash
 from gpt_jax.data.formats import TaskInfo
 from gpt_jax.errors import UserError
@@ -33,7 +34,7 @@ from gpt_jax.tasks import Task
 
 ARMS = ("none", "copy", "eda", "lm", "mlm", "mlm_embedded", "lm+filter", "mlm+rtd")
 
-MEASURED = ("fidelity", "distinct_2", "self_bleu_4", "copied")  # of an arm's synthetic texts, in the table
+MEASURED = ("synthetic", "fidelity", "distinct_2", "self_bleu_4", "copied")  # of an arm's synthetic texts, in the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,9 @@ class Experiment:
         self.pool, self.refused = single_texts(task), held_out_texts(task)
         self.generators: dict[str, Any] = {}
         protocol = {**dataclasses.asdict(protocol), "splits": 0}  # more splits may follow
-        self.recipe = content_hash([dict(objective), dataclasses.asdict(recipe), protocol])
+        runs = [run and [run.step, to_dict(run.config)] for run in (models.base, models.mlm, models.rtd)]
+        data = [task.name, task.labels, [(e.text, e.label) for e in (*self.pool, *self.test)], self.neighbours]
+        self.recipe = content_hash([dict(objective), dataclasses.asdict(recipe), protocol, runs, data])
 
     def run(self, arms: Sequence[str]) -> list[dict[str, Any]]:
         """Runs what is not in results.jsonl yet; returns all rows of these arms."""
@@ -136,13 +139,13 @@ class Experiment:
             found = figures([s.text for s in synthetic], [e.text for e in train])
             if oracle := self.models.oracle:
                 found["fidelity"] = fidelity(synthetic, oracle.probabilities, oracle.labels)
-            extra = {"generated": counts.generated, **found}
+            extra = {"generated": counts.generated, "synthetic": len(synthetic), **found}
         table = self.classifier(params).probabilities([e.text for e in self.test])
         right = [self.task.labels[i] == e.label for i, e in zip(table.argmax(1).tolist(), self.test, strict=True)]
         return {"accuracy": float(np.mean(right)), **extra}
 
     def synthesise(self, arm: str, train: Sequence[Any], seed: int) -> tuple[list[Synthetic], Counts]:
-        """The synthetic examples of an arm: the same for the same originals and seed."""
+        """The synthetic examples of an arm: the same for the same originals and seed; fewer where no more are found."""
         method, _, filtered = arm.partition("+")
         filters = self.filters(filtered, train, seed)
         return augment_task(
@@ -153,6 +156,7 @@ class Experiment:
             filters=filters,
             refused=self.refused,
             oversample=self.protocol.oversample if filters else 1,
+            exact=False,
         )
 
     def generator(self, method: str) -> Any:
@@ -239,7 +243,7 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
     lines += ["|---|---:|---:|---:|---|" + "---:|" * len(known)]
     for row in summary:
         gap = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})" if "difference" in row else ""
-        cells = [f"{row[name]:.3f}" if name in row else "" for name in known]
+        cells = [f"{row[name]:.{0 if name == 'synthetic' else 3}f}" if name in row else "" for name in known]
         cells = [row["arm"], str(row["splits"]), f"{row['mean']:.4f}", f"{row['sd']:.4f}", gap, *cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
