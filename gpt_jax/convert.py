@@ -109,6 +109,9 @@ def from_hf(
     log(f"{family.name} with {count_parameters(config.model):,} parameters; tokenizer: {tokenizer.kind}")
     if tokenizer.kind == "ids":
         log("no tokenizer files: prompts are token ids separated by spaces, and so are texts")
+    if isinstance(ends := tree.get("eos_token_id"), list) and len(ends) > 1:
+        rest = ", ".join(map(str, ends[1:]))
+        log(f"config.json names {len(ends)} end tokens: texts end at {ends[0]}, and not at {rest}")
     with open_workdir(workdir) as directory:
         if not directory.is_new:
             raise UserError(f"--workdir is {str(workdir)!r}, which holds a run already: give a new one.")

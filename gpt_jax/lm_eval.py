@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ try:
 except ImportError as error:
     raise UserError(f"lm-evaluation-harness is not installed ({error}): pip install -e '.[eval]'.") from None
 
+_RESAMPLES = 100  # for standard errors without a formula
 _MAX_TOKENS = 256  # generated where a task names no number: the harness's own default
 
 
@@ -110,7 +112,7 @@ class HarnessModel(LM):
 def run_harness(
     scorer: Scorer, tasks: Sequence[str], *, include_path: str = "", shots: int | None = None, limit: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Runs tasks of the harness: {task: {metric: value, metric_stderr: value}}.
+    """Runs tasks of the harness: {task: {metric: value, metric_stderr: value}}, 'metric,filter' of a filter.
 
     Args:
       include_path: a folder of task files; the harness's own tasks are then not looked at. shots: None: the task's own.
@@ -127,27 +129,35 @@ def run_harness(
     for task in tasks:
         if not manager.match_tasks([task]):
             raise UserError(f"lm-evaluation-harness has no task {task!r}.")
-    with contextlib.redirect_stderr(io.StringIO()):  # its bars
+    with contextlib.redirect_stderr(io.StringIO()), _one_process():  # its bars
         found = simple_evaluate(
             HarnessModel(scorer),
             tasks=list(tasks),
             num_fewshot=shots,
             limit=limit or None,
             task_manager=manager,
-            bootstrap_iters=0,
+            bootstrap_iters=_RESAMPLES,
             log_samples=False,
         )
     return {name: _plain(values) for name, values in found["results"].items()}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """'acc,none' -> 'acc'; numbers only."""
-    out = {}
-    for name, value in values.items():
-        metric, _, kind = name.partition(",")
-        if isinstance(value, (int, float)) and kind in ("none", ""):
-            out[metric] = float(value)
-    return out
+    """'acc,none' -> 'acc', and 'exact_match,strict-match' as it is; numbers only."""
+    numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+    return {name.removesuffix(",none").removesuffix(","): value for name, value in numbers.items()}
+
+
+@contextlib.contextmanager
+def _one_process():
+    """The harness resamples in forks otherwise, which a process with JAX's threads must not make."""
+    given = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["DISABLE_MULTIPROC"]
 
 
 def write_tasks(name: str, kind: str, items: Sequence[Any], folder: str | pathlib.Path) -> list[str]:

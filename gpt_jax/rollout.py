@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from gpt_jax.data import Loader
-from gpt_jax.data.mixture import assign
+from gpt_jax.data.mixture import assign, block_counts
 from gpt_jax.data.permutation import mix, permute
 from gpt_jax.errors import UserError
 from gpt_jax.eval_step import build_predict_step
@@ -59,7 +59,10 @@ class RolloutSource:
     def __init__(self, objective: Any, source: Any):
         self.objective, self.every = objective, objective.rollout_every
         self.makers = list(getattr(source, "makers", None) or [source.maker])
-        self.counts = getattr(source, "counts", np.array([1]))
+        # Examples are drawn here; the source's weights are of rows, which may hold several.
+        of_a_row = [len(maker.examples) / maker.rows_per_epoch for maker in self.makers]
+        weights = getattr(source, "weights", [1.0])
+        self.counts = block_counts([w * n for w, n in zip(weights, of_a_row, strict=True)])
         self.seed, self.rows_per_batch = source.seed, source.order.batch_size
         self.size = self.rows_per_batch * self.every // objective.rollout_epochs
         self.rewards = make_rewards(objective.rewards)

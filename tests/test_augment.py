@@ -444,6 +444,9 @@ def test_a_generated_corpus_is_a_store_that_pre_training_mixes_in(lm, tmp_path, 
     summary = run(capsys, *flags, f"--out={tmp_path / 'all'}")
     manifest = open_store(summary["store"]).manifest
     assert manifest["corpus"]["from"] == str(lm) and manifest["corpus"]["documents"] == summary["documents"]
+    fewer = run(capsys, f"--out={tmp_path / 'all'}", *flags[:2], "--documents=3", "--max-tokens=60", "--seed=1")
+    assert open_store(fewer["store"]).manifest["corpus"]["documents"] == fewer["documents"] <= 3  # not the old ones
+    summary = run(capsys, *flags, f"--out={tmp_path / 'all'}")
     banded = run(capsys, *flags, f"--reference={lm}", "--band=0.2,0.8", f"--out={tmp_path / 'band'}")
     assert 0 < banded["documents"] < summary["documents"]
     sources = (

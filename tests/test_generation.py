@@ -10,6 +10,8 @@ from scipy import stats
 from gpt_jax.errors import UserError
 from gpt_jax.generation import Sampling, filter_logits, generate, penalise, sample_token, stream_batch
 from gpt_jax.model import Mask, Transformer
+from gpt_jax.model.decoding import Transposed
+from gpt_jax.model.derivatives import multiply
 
 VARIANTS = {
     "learned": {},
@@ -62,6 +64,18 @@ def test_ragged_prompts_read_both_ways_from_the_cache_are_those_of_the_full_forw
         np.testing.assert_allclose(logits[np.arange(6), row], logits.max(-1), atol=1e-4)
     causal = generate(model, params, prompts, **settings)[1]
     assert abs(causal[0][0] - scores[0][0]) > 1e-3 and abs(causal[3][0] - scores[3][0]) < 1e-5  # of 8 tokens, of one
+
+
+@pytest.mark.parametrize("rows", [1, 5, 200])
+def test_a_transposed_kernel_gives_the_product_of_the_kernel(rows):
+    rng = np.random.default_rng(rows)
+    x, kernel = rng.normal(size=(rows, 6)).astype(np.float32), rng.normal(size=(6, 3, 4)).astype(np.float32)
+    transposed = Transposed(jnp.asarray(kernel.reshape(6, -1).T), kernel.shape)
+    np.testing.assert_array_equal(transposed.kernel(), kernel)
+    np.testing.assert_allclose(jax.jit(multiply)(x, transposed), np.tensordot(x, kernel, 1), rtol=1e-4, atol=1e-5)
+    merged = Transposed(jnp.asarray(kernel.reshape(18, 4).T), kernel.shape)  # of two input axes
+    wide = rng.normal(size=(rows, 18)).astype(np.float32)
+    np.testing.assert_allclose(multiply(wide, merged), wide @ kernel.reshape(18, 4), rtol=1e-4, atol=1e-5)
 
 
 def test_a_request_gets_the_same_tokens_alone_or_in_any_batch():

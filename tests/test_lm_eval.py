@@ -134,7 +134,23 @@ def test_rolling_texts_and_generated_answers_are_ours(scorer, tmp_path):
         generation_kwargs={"until": ["\n"], "max_gen_toks": 8, "do_sample": False, "temperature": 0.0},
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
-    found = adapter.run_harness(scorer, ["whole", "answers"], include_path=str(tmp_path))
+    name = "filtered"
+    task_file(
+        tmp_path,
+        name,
+        [{"prompt": p, "answer": a.strip()} for p, a in zip(prompts, answers, strict=True)],
+        output_type="generate_until",
+        doc_to_text="prompt",
+        doc_to_target="answer",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 8, "do_sample": False, "temperature": 0.0},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        filter_list=[
+            {"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
+        ],
+    )
+    found = adapter.run_harness(scorer, ["whole", "answers", name], include_path=str(tmp_path))
+    assert {"exact_match,stripped", "exact_match_stderr,stripped"} <= found[name].keys()
+    assert found["answers"]["exact_match_stderr"] == pytest.approx(math.sqrt(0.8 * 0.2 / 4))
     scores = scorer.rolling(texts)
     bits = -sum(s.total for s in scores) / math.log(2) / sum(s.bytes for s in scores)
     assert found["whole"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)

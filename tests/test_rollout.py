@@ -19,6 +19,7 @@ from gpt_jax.cli import main
 from gpt_jax.config import resolve
 from gpt_jax.data.batches import BatchOrder, TrainSource
 from gpt_jax.data.formats import TaskInfo
+from gpt_jax.data.mixture import MixtureSource
 from gpt_jax.data.task_rows import EncodedTask
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
@@ -114,6 +115,30 @@ def test_all_prompts_come_before_any_comes_twice():
     count = len(source.makers[0].examples)
     assert count == 6 and set(prompts[:count]) == {e.source for e in source.makers[0].examples}
     assert prompts[:count] != prompts[count : 2 * count]
+
+
+def test_several_tasks_are_mixed_by_prompts_however_many_of_them_a_row_holds():
+    makers = []
+    layout = PolicyGradient.rows(OPTIONS, Host({"eot": TOKENIZER.eot}, 40, 8))
+    for number, source in enumerate(("ab", "long as a whole row of its own!")):
+        task = reverse(train=12)
+        examples = [TextToText(f"{source}{i}", "x") for i in range(12)]
+        makers.append(EncodedTask(task, TaskInfo(number, str(number)), examples, layout, TOKENIZER, 40))
+    assert makers[0].rows_per_epoch <= 3 and makers[1].rows_per_epoch == 12
+    weights = [0.5 * maker.rows_per_epoch / 12 for maker in makers]  # as of data.task_rates='equal'
+    source = RolloutSource(
+        PolicyGradient(Transformer(CONFIG), **OPTIONS),
+        MixtureSource(makers, weights, ["short", "long"], BatchOrder(8), 5, whole=False),
+    )
+    drawn = [maker for number in range(20) for maker, _ in source.examples(number)]
+    assert abs(sum(maker is makers[0] for maker in drawn) - len(drawn) / 2) <= 2
+
+
+def test_a_prompt_is_cut_to_what_the_models_positions_hold():
+    source = source_of()
+    prompt = source.prompt(source.makers[0], TextToText("long " * 20, "x"))
+    assert len(prompt) == 20 - OPTIONS["max_new"] and prompt[0] == TOKENIZER.eot
+    source.draw(params_of(CONFIG), [prompt], [0])  # of a model with 20 learned positions
 
 
 def test_a_rollout_is_a_function_of_seed_step_and_parameters_whatever_the_devices(served):

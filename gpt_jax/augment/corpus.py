@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,5 +69,7 @@ def write_corpus(texts: Sequence[str], run: Loaded, out: pathlib.Path, provenanc
     rows = [{"text": text, "provenance": dict(provenance)} for text in texts]
     atomic_write(out / "generated.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     fingerprint = {"corpus": "generated", **provenance, "documents": len(texts), "sha256": content_hash(list(texts))}
+    if (out / "store").exists():  # of what was generated before
+        shutil.rmtree(out / "store")
     build_store((("train", text) for text in texts), run.tokenizer, out / "store", workers=1, fingerprint=fingerprint)
     return out / "store"

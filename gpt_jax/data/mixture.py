@@ -79,7 +79,7 @@ class MixtureSource:
         whole: bool = True,
     ):
         self.makers, self.names, self.order, self.seed = list(makers), list(names), order, seed
-        self.counts = block_counts(weights)
+        self.weights, self.counts = list(weights), block_counts(weights)
         self.rows_per_epoch = sum(m.rows_per_epoch for m in makers)
         if whole and self.rows_per_epoch < order.batch_size:
             raise UserError(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from gpt_jax.model.decoding import Transposed
+
 
 def sum_leading(x: Array, ndim: int) -> Array:
     """Sums all but the trailing `ndim` axes, in float32.
@@ -46,6 +48,8 @@ def multiply(x: Array, kernel: Array) -> Array:
 
 
 def _multiply(x, kernel):
+    if isinstance(kernel, Transposed):
+        return kernel.times(x), None
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))), (x, kernel)
 
 

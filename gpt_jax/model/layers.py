@@ -16,6 +16,7 @@ from jax import Array, lax
 from gpt_jax.model.attention import Mask, Variant, attend_cache, attention_weights
 from gpt_jax.model.cache import Cache
 from gpt_jax.model.config import ModelConfig
+from gpt_jax.model.decoding import Transposed
 from gpt_jax.model.derivatives import add_bias, gelu_tanh, multiply, multiply_gelu, normalize
 from gpt_jax.model.implementations import run_attention
 from gpt_jax.model.positions import rotate
@@ -48,17 +49,14 @@ class Product(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         config, n = self.config, self.in_dims
-        normal = nn.initializers.normal(self.std)
         dtype = compute_dtype(config)
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(normal, tuple(self.axes)), tuple(self.shape), config.param_dtype
-        ).astype(dtype)
+        kernel = self._kernel(dtype)
         out_shape, lead = tuple(self.shape[n:]), x.shape[: x.ndim - n]
         if config.flatten:
             x = x.reshape((-1, *x.shape[x.ndim - n :]))
         if n > 1:  # merge the input axes, e.g. heads x head_dim
             x = x.reshape((*x.shape[: x.ndim - n], -1))
-            kernel = kernel.reshape((-1, *out_shape))
+            kernel = kernel if isinstance(kernel, Transposed) else kernel.reshape((-1, *out_shape))
         y = self.product(x.astype(dtype), kernel)
         if config.is_low_rank(self.name):
             y = y + self._low_rank(x.astype(dtype)).reshape(y.shape)
@@ -66,6 +64,14 @@ class Product(nn.Module):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[n:]))
             y = add_bias(y, self.param("bias", zeros, out_shape, config.param_dtype))
         return y.reshape((*lead, *out_shape))
+
+    def _kernel(self, dtype: jnp.dtype) -> Array | Transposed:
+        if self.has_variable("params", "kernel"):
+            prepared = self.get_variable("params", "kernel")
+            if isinstance(prepared, Transposed):  # of `decoding_params`
+                return prepared
+        normal = nn.with_logical_partitioning(nn.initializers.normal(self.std), tuple(self.axes))
+        return self.param("kernel", normal, tuple(self.shape), self.config.param_dtype).astype(dtype)
 
     def _low_rank(self, x: Array) -> Array:
         """(alpha / rank) x @ A @ B of x [..., in], its output axes in one."""
