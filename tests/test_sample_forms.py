@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,38 @@ def test_the_page_holds_every_token_and_nothing_from_elsewhere(run, capsys, tmp_
     assert new == sum(map(len, ids)) and [row["prompt"] for row in rows] == ["<b>&", "x"]
     assert "&lt;</span>" in text or "&lt;<span" in text  # escaped
     assert not re.search(r"(src|href)=|@import|url\(", text)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+USE = """
+const say = (name, value) => document.body.setAttribute("data-" + name, value);
+const token = [...document.querySelectorAll(".t")].find(t => !t.classList.contains("prompt"));
+const tip = token.querySelector(".tip"), display = () => getComputedStyle(tip).display;
+say("before", display());
+token.focus();
+say("after", display());
+say("tip", [...tip.querySelectorAll(".p")].map(p => p.textContent).join(";"));
+say("colour", getComputedStyle(token).backgroundColor);
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome to open the page in")
+def test_a_token_shows_its_alternatives_and_its_colour_in_a_browser(run, capsys, tmp_path):
+    page, used = tmp_path / "page.html", tmp_path / "used.html"
+    samples(capsys, run, "--prompt=x", "--max-tokens=9", "--seed=2", f"--html={page}")
+    used.write_text(page.read_text().replace("</body>", f"<script>{USE}</script></body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    done = subprocess.run([BROWSER, *flags, used.as_uri()], capture_output=True, text=True, timeout=100)
+    body = done.stdout.partition("<body")[2].partition(">")[0]
+    told = dict(re.findall(r'data-(before|after|tip|colour)="([^"]*)"', body))
+    assert (told["before"], told["after"]) == ("none", "block"), (told, done.stderr[-500:])
+    loaded = gpt_jax.load(run)
+    first = continue_prompts(loaded, ["x"], max_tokens=9, sampling=DEFAULT, seed=2)
+    ids = [256, *b"x", next(iter(first))[1][0]]
+    shown = look_at(loaded.model, loaded.params, ids, top=5)[-1]
+    assert told["tip"].split(";")[0] == f"{100 * shown.alternatives[0][1]:.1f} %"
+    assert told["colour"].startswith("rgb(") and told["colour"] != "rgb(255, 255, 255)"
 
 
 @pytest.mark.parametrize(
