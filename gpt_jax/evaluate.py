@@ -42,7 +42,7 @@ def evaluate(
 
     Returns:
       {"loss": total, "loss/<term>": nats per weight, "<metric>": value, ...} and, where the objective reports 'nll',
-      "perplexity", "tokens" and "bits_per_byte" (of the original text's bytes).
+      "perplexity", "tokens" and "bits_per_byte" (of the original text's bytes); of a sum's child "<child>/perplexity".
     """
     batches = min(max_batches or source.num_batches, source.num_batches)
     sums: dict[str, np.ndarray] = {}
@@ -60,8 +60,9 @@ def evaluate(
         nll_sum, tokens = sums[name]
         out[f"{prefix}perplexity"] = math.exp(min(out[name], 700.0))
         out[f"{prefix}tokens"] = float(tokens)
-        if name == "nll" and source.bytes:
-            out["bits_per_byte"] = bits_per_byte(float(nll_sum) + source.unk_nats_in(batches), source.bytes_in(batches))
+        if source.bytes:
+            nats = float(nll_sum) + source.unk_nats_in(batches)
+            out[f"{prefix}bits_per_byte"] = bits_per_byte(nats, source.bytes_in(batches))
     return out
 
 
