@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import traceback
 import types
 import typing
@@ -127,6 +128,15 @@ class InitConfig:
     rename: tuple[tuple[str, str], ...] = option(
         (), "(regex, replacement) pairs over that run's parameter names, e.g. (('^model/', 'reference/'),)"
     )
+
+    def __post_init__(self) -> None:
+        for pair in self.rename:
+            try:
+                regex, replacement = pair if isinstance(pair, tuple) else (None, "")
+                re.sub(regex, replacement, "")
+            except (re.error, IndexError, TypeError, ValueError) as error:
+                form = "it takes pairs of a regex and a replacement, (('^model/', 'reference/'),)"
+                raise UserError(f"rename has {pair!r} ({error}); {form}.") from None
 
 
 @dataclasses.dataclass(frozen=True)
