@@ -178,7 +178,7 @@ def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> li
     rows = []
     for prompt, hypotheses in zip(prompts, found, strict=True):
         for new, score in hypotheses:
-            writer = _Writer(run.tokenizer, args.stop, None)
+            writer = _Writer(run.tokenizer, _prompt_ids(run, prompt), args.stop, None)
             writer.push(new, None)
             rows.append({"prompt": prompt, "text": writer.finish(), "score": score, "ids": writer.ids})
     return rows
@@ -271,7 +271,7 @@ def continue_prompts(
     """
     eot = run.tokenizer.eot
     ids = check_prompts(run.model, [_prompt_ids(run, prompt) for prompt in prompts], max_tokens, eot)
-    writers = [_Writer(run.tokenizer, stop, live if row == 0 else None) for row in range(len(ids))]
+    writers = [_Writer(run.tokenizer, prompt, stop, live if row == 0 else None) for row, prompt in enumerate(ids)]
     both_ways = getattr(run, "bidirectional_prompt", False)
     if len(ids) > MAX_ROWS and live is None and not both_ways:
         from gpt_jax.continuous import generate_continuously
@@ -313,8 +313,8 @@ def continue_prompts(
 class _Writer:
     """Collects a text, holds back what may be the beginning of a stop string, and ends it there."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], live: TextIO | None) -> None:
-        self._decoder, self._stop, self._live = tokenizer.stream(), [s for s in stop if s], live
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str], live: TextIO | None) -> None:
+        self._decoder, self._stop, self._live = tokenizer.stream(before=prompt), [s for s in stop if s], live
         self._text, self._shown = "", 0
         self.ended, self.ids = False, []
 
