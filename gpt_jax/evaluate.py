@@ -135,11 +135,11 @@ def evaluate_tasks(run: Any, params: Any) -> dict[str, float]:
 
 def check_tasks(run: Any) -> list[Any]:
     """Returns the benchmarks of `eval.tasks`, scored on their validation split where they have one."""
-    from gpt_jax.benchmarks import load_benchmark
+    from gpt_jax.benchmarks import load_benchmarks
 
     if not run.objective.generates or not hasattr(run.objective, "model"):
         raise UserError("eval.tasks names benchmarks, but the objective does not teach its model to continue a text.")
-    return [load_benchmark(name, "valid") for name in run.config.eval.tasks]
+    return load_benchmarks(run.config.eval.tasks, "valid", "eval.tasks")
 
 
 def evaluators_of(run: Any) -> dict[str, Evaluators]:

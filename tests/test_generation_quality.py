@@ -89,11 +89,12 @@ def test_the_command_measures_a_run_beside_its_validation_text(tmp_path, capsys)
     (tmp_path / "text.txt").write_text(text)
     flags = ["--config.data.path=" + str(tmp_path / "text.txt"), "--config.data.tokenizer.kind=byte"]
     flags += ["--config.model.num_layers=1", "--config.model.d_model=32", "--config.steps=3", "--config.batch_size=8"]
-    flags += ["--config.context_length=64", "--config.eval.tasks=('toy_tasks:colours',)", "--config.eval.task_limit=3"]
+    flags += ["--config.context_length=64", "--config.eval.task_limit=3"]
+    flags += ["--config.eval.tasks=({'name': 'toy_tasks:colours', 'valid': 5}, 'toy_tasks:pairs')"]
     assert main(["train", "--config=causal_lm", f"--workdir={tmp_path / 'run'}", *flags]) == 0
     assert "tasks/colours/accuracy" in json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert 0 <= rows[-1]["tasks/colours/accuracy"] <= 1
+    assert 0 <= rows[-1]["tasks/colours/accuracy"] <= 1 and "tasks/pairs/accuracy" in rows[-1]
     flags = ["--generation", "--texts=4", "--prompt-tokens=8", "--new-tokens=55", "--methods=greedy,sample"]
     assert main(["eval", f"--workdir={tmp_path / 'run'}", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
