@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import traceback
 import types
 import typing
@@ -128,6 +129,15 @@ class InitConfig:
         (), "(regex, replacement) pairs over that run's parameter names, e.g. (('^model/', 'reference/'),)"
     )
 
+    def __post_init__(self) -> None:
+        for pair in self.rename:
+            try:
+                regex, replacement = pair if isinstance(pair, tuple) else (None, "")
+                re.sub(regex, replacement, "")
+            except (re.error, IndexError, TypeError, ValueError) as error:
+                form = "it takes pairs of a regex and a replacement, (('^model/', 'reference/'),)"
+                raise UserError(f"rename has {pair!r} ({error}); {form}.") from None
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -145,7 +155,7 @@ class EvalConfig:
     max_generated: int = option(100, "examples of a task whose text is generated in one during training; 0 is all")
     batch_size: int = option(0, "sequences of a validation batch; 0 uses batch_size")
     weights: str = option("auto", "which weights are evaluated, sampled, exported: raw | ema | average | auto")
-    tasks: tuple[str, ...] = option((), "benchmarks run with every validation, as `gpt-jax eval --tasks` names them")
+    tasks: tuple[Any, ...] = option((), "benchmarks run with every validation, as `gpt-jax eval --tasks` names them")
     task_limit: int = option(100, "and how many items of each (of each of its groups); 0 is all")
     task_shots: int = option(0, "and how many demonstrations before each item")
 

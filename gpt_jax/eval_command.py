@@ -21,11 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batches", type=int, default=0, help="0 evaluates the whole split")
     parser.add_argument("--max-generated", type=int, default=0, help="task examples generated for; 0 is all")
     tasks = parser.add_argument_group("benchmarks, zero- or few-shot (docs/evaluate.md)")
-    tasks.add_argument("--tasks", default="", help="names, comma-separated: lambada,blimp,choices:FILE.jsonl,sst2, ...")
+    tasks.add_argument(
+        "--tasks",
+        default="",
+        help="names, comma-separated: lambada,blimp,choices:FILE.jsonl,sst2; or tables of tasks: [{'name': ...}, ...]",
+    )
     tasks.add_argument("--shots", type=int, default=0, help="demonstrations before each item")
     tasks.add_argument("--limit", type=int, default=0, help="items of each task (of each of its groups); 0 is all")
     tasks.add_argument("--normalise", default="", help="sum | token | byte | unconditional; default: the task's")
-    tasks.add_argument("--split", default="test", help="split of a supervised task that is scored")
+    tasks.add_argument("--split", default="", help="split of a task that is scored; default: test, or valid")
     tasks.add_argument("--boundary", default="joint", help="how context and continuation are encoded: joint | separate")
     tasks.add_argument("--overflow", default="left", help="a context too long is cut on the left | is an error")
     tasks.add_argument("--beams", type=int, default=1, help="answers that are generated: beams; 1 is greedy")
@@ -82,10 +86,11 @@ def _losses(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str,
 
 
 def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
-    from gpt_jax.benchmarks import load_benchmark, run_benchmark
+    from gpt_jax.benchmarks import load_benchmarks, run_benchmark
     from gpt_jax.benchmarks.base import beam_texts
+    from gpt_jax.tasks.base import parse_specs
 
-    benchmarks = [load_benchmark(name.strip(), args.split) for name in args.tasks.split(",") if name.strip()]
+    benchmarks = load_benchmarks(parse_specs(args.tasks, "--tasks"), args.split, "--tasks")
     loaded, scorer = open_scorer(
         args.workdir,
         overrides,
@@ -204,10 +209,11 @@ def open_scorer(
 
 def describe(name: str, result: Mapping[str, Any]) -> list[str]:
     """Lines for people: each metric with its standard error, and the groups if there are any."""
+    items = f"{result['items']} items" + (f" of {result['split']}" if "split" in result else "")
     if "groups" not in result:
-        return [f"{name.ljust(20)} {_metrics(result)} | {result['items']} items, {result['shots']:.3g} shots"]
+        return [f"{name.ljust(20)} {_metrics(result)} | {items}, {result['shots']:.3g} shots"]
     lines = [f"  {group.ljust(40)} {_metrics(values)}" for group, values in result["groups"].items()]
-    whole = f"{name.ljust(20)} {_metrics(result)} | mean of {len(lines)} groups, {result['items']} items, "
+    whole = f"{name.ljust(20)} {_metrics(result)} | mean of {len(lines)} groups, {items}, "
     return [*lines, whole + f"{result['shots']:.3g} shots"]
 
 

@@ -42,7 +42,7 @@ def evaluate(
 
     Returns:
       {"loss": total, "loss/<term>": nats per weight, "<metric>": value, ...} and, where the objective reports 'nll',
-      "perplexity", "tokens" and "bits_per_byte" (of the original text's bytes).
+      "perplexity", "tokens" and "bits_per_byte" (of the original text's bytes); of a sum's child "<child>/perplexity".
     """
     batches = min(max_batches or source.num_batches, source.num_batches)
     sums: dict[str, np.ndarray] = {}
@@ -60,8 +60,9 @@ def evaluate(
         nll_sum, tokens = sums[name]
         out[f"{prefix}perplexity"] = math.exp(min(out[name], 700.0))
         out[f"{prefix}tokens"] = float(tokens)
-        if name == "nll" and source.bytes:
-            out["bits_per_byte"] = bits_per_byte(float(nll_sum) + source.unk_nats_in(batches), source.bytes_in(batches))
+        if source.bytes:
+            nats = float(nll_sum) + source.unk_nats_in(batches)
+            out[f"{prefix}bits_per_byte"] = bits_per_byte(nats, source.bytes_in(batches))
     return out
 
 
@@ -134,11 +135,11 @@ def evaluate_tasks(run: Any, params: Any) -> dict[str, float]:
 
 def check_tasks(run: Any) -> list[Any]:
     """Returns the benchmarks of `eval.tasks`, scored on their validation split where they have one."""
-    from gpt_jax.benchmarks import load_benchmark
+    from gpt_jax.benchmarks import load_benchmarks
 
     if not run.objective.generates or not hasattr(run.objective, "model"):
         raise UserError("eval.tasks names benchmarks, but the objective does not teach its model to continue a text.")
-    return [load_benchmark(name, "valid") for name in run.config.eval.tasks]
+    return load_benchmarks(run.config.eval.tasks, "valid", "eval.tasks")
 
 
 def evaluators_of(run: Any) -> dict[str, Evaluators]:

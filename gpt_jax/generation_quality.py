@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "top_k_40": {"temperature": 1.0, "top_k": 40},
     "top_p_0.95": {"temperature": 1.0, "top_p": 0.95},
     "min_p_0.1": {"temperature": 1.0, "min_p": 0.1},
+    "repetition_1.2": {"temperature": 1.0, "repetition_penalty": 1.2},
 }
 _TRIED = 20  # places looked at for each prompt
 COPIED = 8  # words of an n-gram that counts as copied

@@ -7,6 +7,7 @@ are grouped by regexes over their names (first match wins): weight decay, learni
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -270,6 +271,29 @@ def clip_by_layer_rms(threshold: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: _named_map(one, updates))
 
 
+def _make(name: str, function: Any, kwargs: Mapping[str, Any], passed_to: Any = None, /, **given: Any) -> Any:
+    """Calls function(**given, **kwargs); raises UserError for keys of `kwargs` that it does not take, or lacks.
+
+    `passed_to`: the function whose arguments it takes, where it does not name them itself.
+    """
+    try:
+        taken = inspect.signature(passed_to or function).parameters
+    except (TypeError, ValueError):  # no function, or one that does not tell
+        taken = {}
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        for key in set(given) - set(taken):
+            raise UserError(f"optimizer.name is {name!r}, which is no function that takes {key!r}.")
+        allowed = [key for key in taken if key not in given]
+        for key in kwargs:
+            choose(f"a key of optimizer.kwargs for {name}", key, allowed)
+    plain = [
+        key for key, p in taken.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if lacking := [key for key in plain if key not in given and key not in kwargs]:
+        raise UserError(f"optimizer.kwargs is {dict(kwargs)}; {name} needs {', '.join(lacking)} too.")
+    return function(**given, **kwargs)
+
+
 def make_optimizer(
     name: str = "adamw",
     schedule: Callable[[Array | int], Array] | float = 1e-3,
@@ -302,17 +326,26 @@ def make_optimizer(
     scaled = (scale_by_group(groups), *depth)
     tail = (decay_weights(weight_decay, groups), *scaled, optax.scale_by_learning_rate(schedule))
     if name == "adamw":
-        tx = optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, **kwargs), *tail)
+        tx = optax.chain(_make(name, optax.scale_by_adam, kwargs, b1=b1, b2=b2, eps=eps), *tail)
     elif name == "adafactor":
-        tx = optax.chain(scale_by_factored_rms(**kwargs), clip_by_layer_rms(1.0), *tail)
+        tx = optax.chain(
+            _make(name, scale_by_factored_rms, kwargs, optax.scale_by_factored_rms), clip_by_layer_rms(1.0), *tail
+        )
     elif name == "muon":
         options = (
             dict(eps=eps, adam_b1=b1, adam_b2=b2, adam_eps_root=0.0, weight_decay=0.0, adam_weight_decay=0.0) | kwargs
         )
-        inner = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_dimensions, **options)
+        given = dict(learning_rate=1.0, muon_weight_dimension_numbers=_muon_dimensions)
+        inner = _make(name, optax.contrib.muon, options, **given)
         tx = optax.chain(inner, optax.scale(-1.0), *tail)
     elif ":" in name:
-        tx = optax.chain(import_path(name)(learning_rate=schedule, **kwargs), *scaled)
+        for regex, settings in groups:
+            if "weight_decay" in settings:
+                raise UserError(
+                    f"the optimizer group {regex!r} sets weight_decay, but {name} decays by itself, by what "
+                    "optimizer.kwargs has; its groups set 'lr' and 'frozen'."
+                )
+        tx = optax.chain(_make(name, import_path(name), kwargs, learning_rate=schedule), *scaled)
     else:
         choose("optimizer.name", name, ("adamw", "muon", "adafactor", "an import path (package.module:function)"))
     return Optimizer(tx, schedule, frozen)

@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from gpt_jax.errors import UserError
@@ -101,17 +101,23 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
                     f"--{flag} reads a prompt from left to right, but the run in {args.workdir!r} was trained to see "
                     "all of it at once (objective.mask=prefix)."
                 )
-    if "max_tokens" not in given and run.model.config.positions == "learned":
-        longest = max((len(_prompt_ids(run, prompt)) for prompt in prompts), default=1)
-        args.max_tokens = max(1, min(args.max_tokens, run.model.config.max_positions - longest))
-    settings = dict(max_tokens=args.max_tokens, sampling=sampling, stop=args.stop)
+
+    def max_tokens_of(prompts: Sequence[str]) -> int:
+        if "max_tokens" in given or run.model.config.positions != "learned":
+            return args.max_tokens
+        longest = max(len(_prompt_ids(run, prompt)) for prompt in prompts)
+        return max(1, min(args.max_tokens, run.model.config.max_positions - longest))
+
+    settings = dict(sampling=sampling, stop=args.stop)
     if args.interactive:
         for number, line in enumerate(_typed_lines()):
+            settings |= dict(max_tokens=max_tokens_of([line]), seed=args.seed + number)
             try:
-                continue_texts(run, [line], seed=args.seed + number, live=sys.stdout, **settings)
+                continue_texts(run, [line], live=sys.stdout, **settings)
             except UserError as error:  # of this line: the next one may be shorter
                 print(f"gpt-jax: {error}", file=sys.stderr, flush=True)
         return 0
+    args.max_tokens = max_tokens_of(prompts)
     if args.choice:
         return _print_choices(run, prompts, args, sampling)
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
@@ -119,7 +125,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     if args.beams:
         rows = _search(run, prompts, args)
     else:
-        found = continue_prompts(run, repeated, seed=args.seed, live=live, **settings)
+        settings |= dict(max_tokens=args.max_tokens, seed=args.seed)
+        found = continue_prompts(run, repeated, live=live, **settings)
         rows = [{"prompt": p, "text": text, "ids": new} for p, (text, new) in zip(repeated, found, strict=True)]
     ids = [row.pop("ids") for row in rows]
     if args.logprobs or args.html:
@@ -171,7 +178,7 @@ def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> li
     rows = []
     for prompt, hypotheses in zip(prompts, found, strict=True):
         for new, score in hypotheses:
-            writer = _Writer(run.tokenizer, args.stop, None)
+            writer = _Writer(run.tokenizer, _prompt_ids(run, prompt), args.stop, None)
             writer.push(new, None)
             rows.append({"prompt": prompt, "text": writer.finish(), "score": score, "ids": writer.ids})
     return rows
@@ -198,17 +205,26 @@ def _typed_lines() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        line = _valid(sys.stdin.readline, "standard input")
         if not line:
             return
         yield line.rstrip("\n")
 
 
+def _valid(read: Callable[[], str], source: str) -> str:
+    try:
+        text = read()
+        text.encode("utf-8")  # some locales let bytes through that are no text
+    except UnicodeError as error:
+        raise UserError(f"{source} is not valid UTF-8 ({error.reason}); a prompt is text.") from None
+    return text
+
+
 def read_prompts(given: Sequence[str], file: str) -> list[str]:
     """Prompts of the flags, of a file or of standard input; one empty prompt if there are none."""
-    prompts = list(given)
+    prompts = [_valid(lambda prompt=prompt: prompt, "--prompt") for prompt in given]
     if file == "-":
-        prompts += sys.stdin.read().splitlines()
+        prompts += _valid(sys.stdin.read, "standard input").splitlines()
     elif file:
         try:
             prompts += pathlib.Path(file).read_text(encoding="utf-8").splitlines()
@@ -255,7 +271,7 @@ def continue_prompts(
     """
     eot = run.tokenizer.eot
     ids = check_prompts(run.model, [_prompt_ids(run, prompt) for prompt in prompts], max_tokens, eot)
-    writers = [_Writer(run.tokenizer, stop, live if row == 0 else None) for row in range(len(ids))]
+    writers = [_Writer(run.tokenizer, prompt, stop, live if row == 0 else None) for row, prompt in enumerate(ids)]
     both_ways = getattr(run, "bidirectional_prompt", False)
     if len(ids) > MAX_ROWS and live is None and not both_ways:
         from gpt_jax.continuous import generate_continuously
@@ -297,8 +313,8 @@ def continue_prompts(
 class _Writer:
     """Collects a text, holds back what may be the beginning of a stop string, and ends it there."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], live: TextIO | None) -> None:
-        self._decoder, self._stop, self._live = tokenizer.stream(), [s for s in stop if s], live
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str], live: TextIO | None) -> None:
+        self._decoder, self._stop, self._live = tokenizer.stream(before=prompt), [s for s in stop if s], live
         self._text, self._shown = "", 0
         self.ended, self.ids = False, []
 

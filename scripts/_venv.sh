@@ -3,7 +3,7 @@
 # A second call sees that setup.cfg has not changed and installs nothing.
 
 ensure_venv() {
-  local extras="${1:-}" root stamp python
+  local extras="${1:-}" root stamp python said
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   cd "$root" || return
   if [ ! -x .venv/bin/python ]; then
@@ -20,7 +20,13 @@ ensure_venv() {
       exit 1
     fi
     echo "making .venv with $("$python" --version)"
-    "$python" -m venv .venv
+    # Where the module is there but not its pip (Debian without python3-venv), another pip may install one.
+    if ! said="$("$python" -m venv .venv 2>&1)" && ! { "$python" -m venv --clear --without-pip .venv &&
+      "$python" -m pip --python .venv/bin/python install --quiet --disable-pip-version-check pip; } >/dev/null 2>&1; then
+      rm -rf .venv
+      echo "$python cannot make .venv (${said%%$'\n'*}); on Debian and Ubuntu: apt install python3-venv" >&2
+      exit 1
+    fi
   fi
   stamp=".venv/.installed-$(echo "$extras" | tr ',' '-')-$(cat setup.cfg pyproject.toml | cksum | cut -d' ' -f1)"
   if [ ! -e "$stamp" ]; then

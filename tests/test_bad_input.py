@@ -95,6 +95,15 @@ CASES = {
     "rows by devices": ({"batch_size": 12}, ["batch_size is 12", "8 devices"]),
     "rows by micro-batches": ({"batch_size": 16, "microbatches": 3}, ["batch_size is 16", "microbatches=3"]),
     "mesh": ({"mesh.fsdp": 3}, ["fsdp", "3", "8"]),
+    "optimizer's argument": ({"optimizer.kwargs": "{'nesterof': True}"}, ["'nesterof' (did you mean 'nesterov'?)"]),
+    "numbers": ({"objective.clip": "(0.5)"}, ["objective.clip is 0.5; it takes a tuple of numbers"]),
+    "pairs": (
+        {"init.rename": "('^model/','reference/')"},
+        ["init.rename has '^model/'", "(('^model/', 'reference/'),)"],
+    ),
+    "regex": ({"init.rename": "(('(model/', ''),)"}, ["init.rename has ('(model/', '')", "pairs of a regex"]),
+    "group of a regex": ({"init.rename": r"(('^model/', r'\1'),)"}, ["init.rename has", "invalid group reference 1"]),
+    "tables": ({"data.sources": "(1,2)"}, ["data.sources has 1", "each is a table"]),
 }
 
 

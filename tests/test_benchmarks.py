@@ -278,6 +278,10 @@ def test_unknown_names_are_told_with_the_closest():
         load_benchmark("choices").items()
     with pytest.raises(UserError, match="kind 'tag' has no few-shot form"):
         load_benchmark("wnut17")
+    with pytest.raises(UserError, match="split of task colours is 'test'; allowed: train, valid"):
+        load_benchmark("toy_tasks:colours", split="test")
+    with pytest.raises(UserError, match="benchmark 3 is neither a name nor a table"):
+        load_benchmark(3)
 
 
 def test_a_classification_task_asks_for_its_labels_in_words():

@@ -330,6 +330,9 @@ def test_dropout_is_on_in_training_only():
         ({"alpha_warmup_steps": 2.5}, "objective.alpha_warmup_steps is 2.5; it takes a whole number"),
         ({"alpha": True}, "objective.alpha is True; it takes a number"),
         ({"reweight": 3}, "objective.reweight is 3; it takes text"),
+        ({"clip": 2}, "objective.clip is 2; it takes a tuple of numbers"),
+        ({"band": ("low", 1)}, "objective.band is ('low', 1); it takes a tuple of numbers"),
+        ({"coefs": 3.0}, "objective.coefs is 3.0; it takes a table"),
         ({"name": 5}, "objective.name is 5; it is a name or an import path"),
     ],
 )
@@ -337,4 +340,4 @@ def test_an_option_of_another_type_is_one_sentence(options, message):
     with pytest.raises(UserError) as caught:
         check_spec({"name": "causal_lm", **options})
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    check_spec({"name": "causal_lm", "label_smoothing": 0, "alpha": 1})  # whole numbers are numbers
+    check_spec({"name": "causal_lm", "label_smoothing": 0, "alpha": 1, "clip": (0, 2)})  # whole numbers are numbers

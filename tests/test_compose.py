@@ -1,6 +1,7 @@
 """Mixture and Sum: terms named child/term, shared roots, own keys; objectives by name and by import path."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from toys import SIZE, Bigram
 
 from gpt_jax.data.formats import TaskInfo
 from gpt_jax.errors import UserError
+from gpt_jax.evaluate import evaluate
 from gpt_jax.model import Transformer
 from gpt_jax.objectives.base import (
     REGISTRY,
@@ -131,6 +133,34 @@ def test_a_sum_predicts_what_its_first_term_that_can_does():
 
     both = Sum({"a": Bigram(), "b": Says(), "c": Says()})
     assert both.predict(1, {"tokens": 2}) == {"label": 3}
+
+
+def test_each_child_of_a_sum_that_reports_nll_has_perplexity_and_bits_per_byte():
+    class Text:
+        num_batches, bytes = 2, 30
+
+        def spec(self):
+            return {"tokens": None}
+
+        def batch_size(self, step):
+            return 4
+
+        def rows(self, step, rows):
+            return {"tokens": np.zeros((4, 3), np.int32)}
+
+        def bytes_in(self, batches):
+            return self.bytes
+
+        def unk_nats_in(self, batches):
+            return 2.0
+
+    both = Sum({"a": Bigram(), "b": Bigram()})
+    measured = {"a/nll": (10.0, 12.0), "b/nll": (20.0, 12.0), "b/mlm_nll": (1.0, 1.0)}  # of each of the two batches
+    found = evaluate(both, lambda params, batch, first: measured, None, Text(), None)
+    assert found["a/bits_per_byte"] == pytest.approx(22 / math.log(2) / 30)
+    assert found["b/bits_per_byte"] == pytest.approx(42 / math.log(2) / 30)
+    assert found["b/perplexity"] == pytest.approx(math.exp(40 / 24))
+    assert {name for name in found if name.endswith("bits_per_byte")} == {"a/bits_per_byte", "b/bits_per_byte"}
 
 
 def labelled(*tasks):

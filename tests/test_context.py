@@ -237,6 +237,20 @@ def test_streaming_goes_on_past_the_context_and_is_greedy_on_the_dense_logits():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_streams_repetition_penalty_is_on_the_tokens_of_prompt_and_stream():
+    config = tiny(positions="rope")
+    model, params, prompt = Transformer(config), params_of(config), tokens(rows=1, length=9)[0].tolist()
+    settings = dict(max_tokens=20, size=6, sinks=2, sampling=Sampling(0.0, repetition_penalty=1.5), chunk=8)
+    new = [i for piece in stream(model, params, prompt, **settings) for i in piece]
+    logits = streamed_by_hand(params, config, np.array(prompt + new[:-1]), 6, 2)[len(prompt) - 1 :].copy()
+    for step, row in enumerate(logits):
+        seen = sorted({*prompt, *new[:step]})
+        row[seen] = np.where(row[seen] > 0, row[seen] / 1.5, row[seen] * 1.5)
+    np.testing.assert_allclose(logits[np.arange(20), new], logits.max(-1), atol=1e-4)
+    plain = stream(model, params, prompt, **settings | {"sampling": Sampling(0.0)})
+    assert new != [i for piece in plain for i in piece]
+
+
 def test_a_stream_refuses_what_it_cannot_do():
     model, params = Transformer(ROPE), params_of(ROPE)
     for prompt, options, said in (

@@ -187,6 +187,32 @@ def test_long_txt_is_cut_at_line_ends_and_loses_nothing(tmp_path, monkeypatch):
     assert all(p.endswith("\n") and len(p) < 120 for p in parts)
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_line_longer_than_a_document_is_cut_between_characters(tmp_path, monkeypatch, end):
+    monkeypatch.setattr("gpt_jax.data.readers.LARGEST_DOCUMENT", 100)
+    text = "short\n" + "aé€😀" * 300 + end
+    (tmp_path / "a.txt").write_text(text)
+    parts = [t for _, t in read_documents(tmp_path / "a.txt")]
+    assert "".join(parts) == text and len(parts) > 5
+    assert all(len(p.encode()) < 400 for p in parts)
+    for broken in (b"\xe2\x82", b"\xff"):
+        (tmp_path / "a.txt").write_bytes(text[:300].encode() + broken + end.encode())
+        at = len(text[6:300].encode()) + 1
+        with pytest.raises(UserError, match=rf"a\.txt:2: not valid UTF-8 \(byte {at} of the line\)"):
+            list(read_documents(tmp_path / "a.txt"))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+
+    def refuse(path, *mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)  # a superuser may read all
+    with pytest.raises(UserError, match=r"a\.txt: cannot read \(Permission denied\)"):
+        open_corpus("files", str(tmp_path / "a.txt"), "text")
+
+
 @pytest.mark.parametrize(
     "name, data, line, says",
     [

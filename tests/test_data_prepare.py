@@ -248,6 +248,9 @@ def test_mixture_has_proportions_and_validation_by_source(prepare, tmp_path):
         ({"name": "a", "weight": 1, "paht": "x"}, "'paht' .did you mean 'path'"),
         ({"name": "a/b", "weight": 1, "path": "x"}, "different names without '/'"),
         ({"name": "train", "weight": 1, "path": "x"}, "not 'train' or 'valid'"),
+        (1, "data.sources has 1; each is a table"),
+        ({"name": 1, "weight": 1, "path": "x"}, "'name' of an entry of data.sources is 1; it takes text"),
+        ({"name": "a", "weight": "b", "path": "x"}, "'weight' of an entry of data.sources is 'b'; it takes a number"),
     ],
 )
 def test_mistakes_in_sources_are_named(prepare, entry, says):

@@ -452,6 +452,12 @@ def test_hugging_face_word_pieces_decode_as_the_library_does():
     assert not tokenizer.lossless
     assert tokenizer.decode(tokenizer.encode("hello world!")) == "hello world!"
     assert tokenizer.eot == 1 and tokenizer.vocab_size == 6
+    ids, draw = tokenizer.encode("hello world!"), np.random.default_rng(0)
+    for row in (ids, *draw.integers(2, 6, (20, 9))):
+        stream = tokenizer.stream()
+        assert "".join([stream.push(i) for i in row]) + stream.flush() == tokenizer.decode(row)
+    stream = tokenizer.stream(before=ids[:1])
+    assert [stream.push(i) for i in ids[1:]] == [" wor", "ld", "!"]
 
 
 def test_hugging_face_file_that_is_something_else_is_refused():

@@ -1,9 +1,11 @@
 """Every command and snippet of the README and of docs/ runs, at tiny sizes: what they say stays true."""
 
+import json
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -42,18 +44,21 @@ def blocks(page: str):
         yield language, info.strip(), body
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
-def test_every_command_and_snippet_runs(page, tmp_path):
+def environment_of(folder: pathlib.Path) -> dict[str, str]:
     scripts = str(pathlib.Path(sys.executable).parent)
-    environment = {
+    return {
         **os.environ,
         "PATH": f"{scripts}:{os.environ['PATH']}",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "PYTHONPATH": f"{folder}:{ROOT}",
         "XLA_FLAGS": "",
     }
-    ran = 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_snippet_runs(page, tmp_path):
+    environment, ran = environment_of(tmp_path), 0
     for language, info, body in blocks(page):
         if language == "python":
             named = re.search(r"file=(\S+)", info)
@@ -80,6 +85,26 @@ def test_every_command_and_snippet_runs(page, tmp_path):
             assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             ran += 1
     assert ran >= 1
+
+
+@pytest.mark.slow
+def test_the_quickstart_ends_with_its_figures_as_json(tmp_path):
+    """All but the installation and the embedded corpus, which takes its time."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "quickstart.sh", tmp_path / "scripts")
+    (tmp_path / "scripts" / "_venv.sh").write_text("ensure_venv() { :; }\n")
+    (tmp_path / "text.txt").write_text("".join((ROOT / page).read_text() for page in PAGES))
+    data = ["--config.data.path=text.txt", "--config.data.split=tail", "--config.data.tokenizer.kind=byte"]
+    command = ["bash", "scripts/quickstart.sh", "--config.steps=4", *TINY, *data]
+    environment = environment_of(tmp_path) | {"WORKDIR": str(tmp_path / "run")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (last,) = done.stdout.splitlines()
+    found = json.loads(last)
+    names = ("bits_per_byte", "xz_bits_per_byte", "unigram_bits_per_byte", "seconds")
+    assert set(found) == {*names, "report"} and all(found[name] > 0 for name in names), last
+    assert pathlib.Path(found["report"]).is_file()
+    assert "The " in done.stderr  # the sample
 
 
 def test_shrinking_keeps_a_commands_own_flags():

@@ -64,6 +64,18 @@ def test_the_harness_runs_beside(run, file, capsys):
     assert json.loads(lines[-1])["tasks"]["choices"]["harness"]["largest_difference"] < 1e-9
 
 
+def test_a_table_names_a_task_of_ones_own_files_and_the_split_is_in_the_result(run, file, tmp_path, capsys):
+    (tmp_path / "reviews.tsv").write_text("text\tstars\n" + "".join(f"review {i}\t{i % 3}\n" for i in range(40)))
+    table = {"name": "classification", "train": str(tmp_path / "reviews.tsv"), "label": "stars", "hold_out": 0.4}
+    lines = evaluate(capsys, f"--workdir={run}", f"--tasks={table}", "--shots=1", "--limit=5")
+    alone = json.loads(lines[-1])["tasks"]
+    assert set(alone) == {"classification"} and "5 items of valid" in lines[0]
+    assert alone["classification"]["split"] == "valid" and 0 <= alone["classification"]["accuracy"] <= 1
+    flags = (f"--workdir={run}", f"--tasks={[f'choices:{file}', table]}", "--shots=1", "--limit=5", "--split=valid")
+    both = json.loads(evaluate(capsys, *flags)[-1])["tasks"]
+    assert both["classification"] == alone["classification"] and "split" not in both["choices"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -75,6 +87,11 @@ def test_the_harness_runs_beside(run, file, capsys):
         (["--tasks=choices:FILE", "--config.steps=2"], "only the mesh"),
         (["--tasks=choices:FILE", "--boundary=none"], "boundary is 'none'"),
         (["--tasks=choices:/none.jsonl"], "/none.jsonl"),
+        (["--tasks=toy_tasks:colours", "--split=vlaid"], "split of task colours is 'vlaid' (did you mean 'valid'?)"),
+        (["--tasks={'name'"], "--tasks \"{'name'\" is no table such as"),
+        (["--tasks=[{'limit': 3}]"], "is no table such as"),
+        (["--tasks={'name': 'clasification'}"], "'clasification' (did you mean 'classification'?)"),
+        (["--tasks=toy_tasks:colours,toy_tasks:colours"], "--tasks names a benchmark twice: colours, colours"),
         (["--max-batches=-1"], "--max-batches is -1; it must be at least 0"),
         (["--tasks=choices:FILE", "--limit=-2"], "--limit is -2; it must be at least 0"),
     ],

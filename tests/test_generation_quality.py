@@ -70,8 +70,10 @@ def test_greedy_repeats_more_than_sampling_and_a_copy_is_one():
     words = [" ".join("".join(rng.choice(list("abcde"), 3)) for _ in range(12)) for _ in range(8)]
     given = Prompts([list(text.encode())[:6] for text in words], [list(text.encode())[6:] for text in words])
     training = [" ".join(word[6:].split()) for word in words[:4]]  # the human continuations of half the prompts
-    found = evaluate_generation(scorer, given, training, methods=["greedy", "sample", "beam_4"])
-    assert list(found) == ["human", "greedy", "sample", "beam_4"]
+    methods = ["greedy", "sample", "beam_4", "repetition_1.2"]
+    found = evaluate_generation(scorer, given, training, methods=methods)
+    assert list(found) == ["human", *methods]
+    assert found["repetition_1.2"]["perplexity"] != found["sample"]["perplexity"]  # other texts from the same seeds
     assert found["greedy"]["seq_rep_4"] > found["sample"]["seq_rep_4"] + 0.2
     assert found["greedy"]["perplexity"] < found["sample"]["perplexity"]
     assert 0.3 < found["human"]["copy_rate"] < 0.7 and found["sample"]["copy_rate"] == 0
@@ -89,11 +91,12 @@ def test_the_command_measures_a_run_beside_its_validation_text(tmp_path, capsys)
     (tmp_path / "text.txt").write_text(text)
     flags = ["--config.data.path=" + str(tmp_path / "text.txt"), "--config.data.tokenizer.kind=byte"]
     flags += ["--config.model.num_layers=1", "--config.model.d_model=32", "--config.steps=3", "--config.batch_size=8"]
-    flags += ["--config.context_length=64", "--config.eval.tasks=('toy_tasks:colours',)", "--config.eval.task_limit=3"]
+    flags += ["--config.context_length=64", "--config.eval.task_limit=3"]
+    flags += ["--config.eval.tasks=({'name': 'toy_tasks:colours', 'valid': 5}, 'toy_tasks:pairs')"]
     assert main(["train", "--config=causal_lm", f"--workdir={tmp_path / 'run'}", *flags]) == 0
     assert "tasks/colours/accuracy" in json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert 0 <= rows[-1]["tasks/colours/accuracy"] <= 1
+    assert 0 <= rows[-1]["tasks/colours/accuracy"] <= 1 and "tasks/pairs/accuracy" in rows[-1]
     flags = ["--generation", "--texts=4", "--prompt-tokens=8", "--new-tokens=55", "--methods=greedy,sample"]
     assert main(["eval", f"--workdir={tmp_path / 'run'}", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()

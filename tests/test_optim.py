@@ -328,3 +328,29 @@ def test_any_optax_transformation_by_import_path():
         make_optimizer("optax:lyon")
     with pytest.raises(UserError, match=r"optimizer\.name is 'adamv' \(did you mean 'adamw'\?\)"):
         make_optimizer("adamv")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "said"),
+    [
+        ("adamw", {"nesterof": True}, "a key of optimizer.kwargs for adamw is 'nesterof' (did you mean 'nesterov'?)"),
+        ("adamw", {"b1": 0.5}, "a key of optimizer.kwargs for adamw is 'b1'"),  # optimizer.b1 says it
+        ("adafactor", {"decoy": 1}, "optimizer.kwargs for adafactor is 'decoy'"),
+        ("muon", {"ns_step": 3}, "optimizer.kwargs for muon is 'ns_step' (did you mean 'ns_steps'?)"),
+        ("optax:lion", {"b3": 0.5}, "optimizer.kwargs for optax:lion is 'b3'"),
+        ("optax:clip", {}, "optimizer.name is 'optax:clip', which is no function that takes 'learning_rate'"),
+        ("optax:__version__", {}, "optimizer.name is 'optax:__version__', which is no function"),
+        ("optax.contrib:dpsgd", {}, "optimizer.kwargs is {}; optax.contrib:dpsgd needs l2_norm_clip, "),
+    ],
+)
+def test_arguments_that_an_optimizer_does_not_take_or_lacks_are_one_sentence(name, kwargs, said):
+    with pytest.raises(UserError) as error:
+        make_optimizer(name, kwargs=kwargs)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_group_sets_no_weight_decay_of_an_optimizer_that_decays_by_itself():
+    groups = ((".*bias", {"lr": 0.5}), (".*kernel", {"weight_decay": 0.0}))
+    with pytest.raises(UserError, match=r"group '\.\*kernel' sets weight_decay, but optax:adamw decays by itself"):
+        make_optimizer("optax:adamw", groups=groups)
+    make_optimizer("optax:adamw", groups=groups[:1], kwargs={"nesterov": True, "mu_dtype": "bfloat16"})

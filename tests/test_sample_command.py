@@ -153,6 +153,26 @@ def test_prompts_come_from_a_file_or_standard_input(run, capsys, tmp_path, monke
     assert re.fullmatch("gpt-jax: a prompt of 61 tokens and max_tokens=6 do not fit the model's 48.*\n", err)
 
 
+def test_typed_lines_have_the_room_that_learned_positions_leave_each(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n" + "x" * 40 + "\n"))
+    assert main(["sample", f"--workdir={run[0]}", "--interactive", "--temperature=0"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    for line in ("one", "", "x" * 40):
+        assert sample(capsys, run[0], f"--prompt={line}", "--temperature=0") in out
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as Python reads in a locale of UTF-8 or of C
+@pytest.mark.parametrize("flag", ["--prompts-file=-", "--interactive", "--prompt=\udcff"])
+def test_a_prompt_that_is_no_text_is_one_line(run, capsys, monkeypatch, flag, errors):
+    given = io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", given)
+    assert main(["sample", f"--workdir={run[0]}", flag, "--max-tokens=6"]) == 1
+    source = "--prompt" if flag.startswith("--prompt=") else "standard input"
+    said = f"gpt-jax: {source} is not valid UTF-8 \\(.*\\); a prompt is text\\.\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
 def test_a_text_ends_before_the_first_stop_string(run):
     loaded = gpt_jax.load(run[0])
     settings = dict(max_tokens=40, sampling=Sampling(2.0), seed=3)

@@ -1,6 +1,9 @@
 """Scripts that no other test runs: the table of task results, and edit distance beside a discriminator."""
 
 import json
+import pathlib
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +14,51 @@ from helpers import load_script
 def call(script, monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
     return script.main()
+
+
+# -- _venv ---------------------------------------------------------------------------------------------------------
+
+
+# As Debian's python3 without python3-venv: the module leaves a folder without pip. A pip of its own it may have or not.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  "-c "* | --version) exec {python} "$@" ;;
+  "-m venv"*)
+    mkdir -p .venv/bin
+    ln -sf {python} .venv/bin/python
+    [[ "$*" = *--without-pip* ]] && exit 0
+    echo "The virtual environment was not created successfully because ensurepip is not"
+    echo "available."
+    exit 1 ;;
+  "-m pip --python .venv/bin/python install"*)
+    [ -n "${HAS_PIP:-}" ] || { echo "No module named pip" >&2; exit 1; }
+    printf '#!/bin/sh\\necho "$@" >> said\\n' > .venv/bin/pip
+    rm .venv/bin/python
+    mv .venv/bin/pip .venv/bin/python
+    chmod +x .venv/bin/python ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("has_pip", ["", "yes"])
+def test_no_half_made_venv_stays_where_the_module_venv_is_not_whole(tmp_path, has_pip):
+    root = pathlib.Path(__file__).resolve().parent.parent
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/_venv.sh", "setup.cfg", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path / name)
+    stub = tmp_path / "python3"
+    stub.write_text(PYTHON.replace("{python}", sys.executable))
+    stub.chmod(0o755)
+    command = ["bash", "-c", "set -euo pipefail; source scripts/_venv.sh; ensure_venv test; echo made"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "HAS_PIP": has_pip}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    if has_pip:
+        assert done.returncode == 0 and done.stdout.endswith("made\n"), done.stderr
+        assert (tmp_path / "said").read_text().startswith("-m pip install") and (tmp_path / ".venv").exists()
+    else:
+        assert done.returncode == 1 and not (tmp_path / ".venv").exists()
+        assert done.stderr.count("\n") == 1 and "ensurepip is not" in done.stderr
+        assert done.stderr.endswith("on Debian and Ubuntu: apt install python3-venv\n")
 
 
 # -- task_results --------------------------------------------------------------------------------------------------

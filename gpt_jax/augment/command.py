@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import json
 import pathlib
@@ -18,6 +17,7 @@ from gpt_jax.augment.report import fidelity, figures, write_report
 from gpt_jax.errors import UserError, choose
 from gpt_jax.files import atomic_write
 from gpt_jax.tasks import Task, load_task
+from gpt_jax.tasks.base import parse_specs
 
 METHODS = ("copy", "eda", "lm", "lm_prefix", "mlm", "mlm_embedded", "text")
 _LEAST = {  # of the flags that count something
@@ -84,7 +84,10 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 def _examples(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
     if not args.task:
         raise UserError("--task is missing: the classification task to augment.")
-    task = load_task(_spec(args.task))
+    specs = parse_specs(args.task, "--task")
+    if len(specs) != 1:
+        raise UserError(f"--task is {args.task!r}; it takes one task.")
+    task = load_task(specs[0])
     if task.kind != "classify" or not task.labels:
         raise UserError(f"task {task.name} is of kind {task.kind!r}; augment takes 'classify', with labels.")
     rng = random.Random(args.seed)
@@ -235,13 +238,3 @@ def _band(text: str) -> tuple[float, float]:
     except ValueError:
         raise UserError(f"--band is {text!r}; two quantiles are needed, such as 0.05,0.9.") from None
     return low, high
-
-
-def _spec(text: str) -> Any:
-    """A task's name, or the table that a literal is."""
-    if not text.startswith("{"):
-        return text
-    try:
-        return dict(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
-        raise UserError(f"--task {text!r} is no table such as {{'name': 'sst2', 'limit': 100}}.") from None

@@ -90,6 +90,7 @@ class Benchmark:
       normalise: by which options are compared unless asked otherwise. unconditional: the context for 'unconditional'.
       separator: between demonstrations. demonstrations: whether it takes any.
       max_tokens, stop: of generated texts. score: (predictions, items) -> metrics, where a task says how.
+      split: of a task that the items are.
     """
 
     name: str
@@ -103,29 +104,44 @@ class Benchmark:
     max_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
     score: Callable[[Sequence[Any], Sequence[Item]], dict[str, float]] | None = None
+    split: str = ""
 
     def __post_init__(self) -> None:
         choose(f"benchmark {self.name}: kind", self.kind, KINDS)
         choose(f"benchmark {self.name}: normalise", self.normalise, NORMALISATIONS)
 
 
-def load_benchmark(spec: str, split: str = "test") -> Benchmark:
+def load_benchmarks(specs: Sequence[Any], split: str, what: str) -> list[Benchmark]:
+    """Returns the benchmarks of names and tables; `what` gave them. Raises UserError where two have one name."""
+    found = [load_benchmark(spec, split) for spec in specs]
+    names = [benchmark.name for benchmark in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"{what} names a benchmark twice: {', '.join(names)}.")
+    return found
+
+
+def load_benchmark(spec: str | Mapping[str, Any], split: str = "") -> Benchmark:
     """Returns the benchmark that 'name' or 'name:argument' names, or a task of gpt_jax.tasks in few-shot form.
 
     Args:
-      split: of a task that is scored; one without it is scored on 'valid'.
+      spec: a name, or the table of a task: {"name": ..., options...}.
+      split: of a task that is scored; '': 'test', or 'valid' where there is none.
 
     Raises:
-      UserError: an unknown name, with the closest.
+      UserError: an unknown name, with the closest; a split that the task has not.
     """
+    from gpt_jax.benchmarks.supervised import few_shot
+
+    if isinstance(spec, Mapping):
+        return few_shot(spec, split)
+    if not isinstance(spec, str):
+        raise UserError(f"benchmark {spec!r} is neither a name nor a table such as {{'name': 'sst2', 'limit': 100}}.")
     name, _, argument = spec.partition(":")
     if name in REGISTRY:
         return import_path(REGISTRY[name])(argument) if argument else import_path(REGISTRY[name])()
     if spec not in TASKS and not argument:
         known = [*REGISTRY, *TASKS]
         raise UserError(f"unknown benchmark {spec!r}{nearest(spec, known)}; allowed: {', '.join(known)}.")
-    from gpt_jax.benchmarks.supervised import few_shot
-
     return few_shot(spec, split)
 
 
@@ -192,8 +208,8 @@ def run_benchmark(
 
     Returns:
       Metrics, each with its standard error ("accuracy", "accuracy_se"); 'items', 'shots' (the mean number that fitted
-      the context), 'cut' (contexts whose beginning was cut); 'groups' {group: metrics} where there are some: the
-      metrics above are then means over groups.
+      the context), 'cut' (contexts whose beginning was cut), 'split' (of a task); 'groups' {group: metrics} where there
+      are some: the metrics above are then means over groups.
     """
     if shots < 0:
         raise UserError(f"--shots is {shots}; it must be at least 0.")
@@ -220,6 +236,8 @@ def run_benchmark(
             metrics = _task_metrics(benchmark, chosen.tolist(), items)
             out |= {name: value for name, value in metrics.items() if name.removesuffix("_se") not in out}
     groups = {"groups": out.pop("groups")} if "groups" in out else {}
+    if benchmark.split:
+        info["split"] = benchmark.split
     return {**out, **info, "cut": scorer.cut - cut, **groups}
 
 

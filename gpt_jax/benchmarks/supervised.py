@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpt_jax.benchmarks.base import Benchmark, Item
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, choose
 from gpt_jax.tasks.base import load_task
 from gpt_jax.tasks.examples import Classify, Dialogue, Example, MultipleChoice, SpanQA, TextToText
 
@@ -19,17 +19,17 @@ LABELS = {"ag_news": {"Sci/Tech": "Technology"}}
 _FRAME = "{text}\nAnswer:"
 
 
-def few_shot(spec: str, split: str = "test") -> Benchmark:
+def few_shot(spec: str | Mapping[str, Any], split: str = "") -> Benchmark:
     """Returns the benchmark of a task; demonstrations come from its split 'train'.
 
     Args:
-      spec: as `load_task` takes it. split: what is scored; a task without it is scored on 'valid'.
+      spec: as `load_task` takes it. split: what is scored; '': 'test', or 'valid' where there is none.
 
     Raises:
-      UserError: a kind of task that has no such form.
+      UserError: a kind of task that has no such form, a split that it has not.
     """
     task = load_task(spec)
-    scored = split if split in task.splits else "valid"
+    scored = choose(f"split of task {task.name}", split or ("test" if "test" in task.splits else "valid"), task.splits)
     if task.kind not in _MAKERS:
         raise UserError(f"a task of kind {task.kind!r} has no few-shot form; those that have: {', '.join(_MAKERS)}.")
     make: Callable[[Any, Any], Item] = _MAKERS[task.kind]
@@ -51,6 +51,7 @@ def few_shot(spec: str, split: str = "test") -> Benchmark:
         train=(lambda: items("train")) if "train" in task.splits else None,
         max_tokens=64 if task.kind in ("text_to_text", "dialogue") else 24,
         score=score,
+        split=scored,
     )
 
 

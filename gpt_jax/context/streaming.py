@@ -20,7 +20,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model import ModelConfig, Transformer
 from gpt_jax.model.decoding import decoding_params
 from gpt_jax.model.positions import rotate
-from gpt_jax.sampling import Filters, Sampling, sample_token
+from gpt_jax.sampling import Filters, Sampling, penalise, sample_token
 
 SINKS = 4
 
@@ -153,18 +153,23 @@ def _enter(model: Transformer, params: Any, cache: SinkCache, tokens_TxB: Array)
     return lax.scan(lambda c, token: (_step(model, params, c, token)[0], None), cache, tokens_TxB)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _draw(
-    model: Transformer, params: Any, cache: SinkCache, token_B: Array, key: Array, filters: Filters, count: int
-) -> tuple[SinkCache, Array, Array]:
-    def one(carry: tuple[SinkCache, Array], _: None) -> tuple[tuple[SinkCache, Array], Array]:
-        cache, token = carry
-        cache, logits = _step(model, params, cache, token)
-        token = sample_token(logits, jax.random.fold_in(key, cache.count)[None], filters)
-        return (cache, token), token
+_Carry = tuple[SinkCache, Array, Array]  # and the last token [B], and which tokens are there already, bool [B, V]
 
-    (cache, token_B), tokens_NxB = lax.scan(one, (cache, token_B), None, length=count)
-    return cache, token_B, tokens_NxB[:, 0]
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _draw(
+    model: Transformer, params: Any, carry: _Carry, key: Array, filters: Filters, count: int
+) -> tuple[_Carry, Array]:
+    def one(carry: _Carry, _: None) -> tuple[_Carry, Array]:
+        cache, token_B, seen_BxV = carry
+        cache, logits = _step(model, params, cache, token_B)
+        if filters.repetition_penalty is not None:
+            logits = penalise(logits, seen_BxV, filters.repetition_penalty)
+        token_B = sample_token(logits, jax.random.fold_in(key, cache.count)[None], filters)
+        return (cache, token_B, seen_BxV.at[jnp.arange(cache.rows), token_B].set(True)), token_B
+
+    carry, tokens_NxB = lax.scan(one, carry, None, length=count)
+    return carry, tokens_NxB[:, 0]
 
 
 def stream(
@@ -184,7 +189,8 @@ def stream(
 
     Args:
       prompt: ids, at least one; it may be longer than the cache. size: slots of the cache, the sinks among them.
-      sampling: None draws at temperature 1. eot: ends the stream (it is not yielded). seed: of the draws.
+      sampling: None draws at temperature 1; a repetition penalty is on all tokens so far.
+      eot: ends the stream (it is not yielded). seed: of the draws.
       chunk: tokens yielded at a time.
 
     Yields:
@@ -206,9 +212,10 @@ def stream(
     filters = (sampling or Sampling()).filters()
     if len(ids) > 1:
         cache = _enter(model, params, cache, np.asarray(ids[:-1], np.int32)[:, None])
-    token, done = np.asarray(ids[-1:], np.int32), 0
+    seen = jnp.zeros((1, model.config.vocab_size), bool).at[0, np.asarray(ids)].set(True)
+    carry, done = (cache, jnp.asarray(ids[-1:], jnp.int32), seen), 0
     while done < max_tokens:
-        cache, token, new = _draw(model, params, cache, token, key, filters, chunk)
+        carry, new = _draw(model, params, carry, key, filters, chunk)
         out = np.asarray(new).tolist()[: max_tokens - done]
         done += len(out)
         if eot in out:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.data.tokenizer import StreamDecoder, Tokenizer
 from gpt_jax.errors import UserError
 
 # GPT-2's pre-tokenizer splits on \p{L}, \p{N} and \s, which Python's `re` has not. On text made only of the characters
@@ -221,6 +221,9 @@ class HuggingFaceTokenizer(Tokenizer):
             return super().decode(ids, specials)
         return self._library.decode([int(i) for i in ids if i < self.ordinary], skip_special_tokens=specials == "skip")
 
+    def stream(self, specials: str = "skip", before: Sequence[int] = ()) -> StreamDecoder:
+        return _LibraryDecoder(self, specials, before) if self._style == "other" else super().stream(specials)
+
     def _config(self):
         return {"end": self._end} if self._end else {}
 
@@ -231,3 +234,25 @@ class HuggingFaceTokenizer(Tokenizer):
     def _load(cls, config, folder):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         return cls(text, config["specials"], config.get("end", ""))
+
+
+class _LibraryDecoder(StreamDecoder):
+    """Hands out what a token adds to the text of all ids so far: a word's piece alone does not tell its space."""
+
+    def __init__(self, tokenizer: Tokenizer, specials: str = "skip", before: Sequence[int] = ()):
+        super().__init__(tokenizer, specials)
+        self._ids = [int(i) for i in before]
+        self._shown = len(self._whole())
+
+    def _whole(self) -> str:
+        return self._tokenizer.decode(self._ids, self._specials)
+
+    def push(self, token: int) -> str:
+        self._ids.append(int(token))
+        new = self._whole().rstrip("\ufffd")[self._shown :]
+        self._shown += len(new)
+        return new
+
+    def flush(self) -> str:
+        text, self._ids, shown, self._shown = self._whole(), [], self._shown, 0
+        return text[shown:]

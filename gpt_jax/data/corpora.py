@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gpt_jax.data import cache
-from gpt_jax.data.readers import Document, Progress, expand_paths, file_format, read_documents
+from gpt_jax.data.readers import Document, Progress, expand_paths, file_format, named_damage, read_documents
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.files import atomic_write
 
@@ -202,6 +202,10 @@ def _embedded_corpus(name: str, memo: pathlib.Path | None) -> Corpus:
 
 
 def _file_corpus(paths: str, text_key: str, memo: pathlib.Path | None) -> Corpus:
+    def file_sha256(file: pathlib.Path) -> str:
+        with named_damage(file):
+            return cache.file_sha256(file)
+
     files = expand_paths(paths)
     for file in files:
         file_format(file)
@@ -209,7 +213,7 @@ def _file_corpus(paths: str, text_key: str, memo: pathlib.Path | None) -> Corpus
     for file in files:
         stat = file.stat()
         key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        hashes.append(cache.remembered(memo, key, lambda file=file: cache.file_sha256(file)))
+        hashes.append(cache.remembered(memo, key, lambda file=file: file_sha256(file)))
     total = sum(f.stat().st_size for f in files)
     formats = ["".join(file_format(f)) for f in files]
     fingerprint = {

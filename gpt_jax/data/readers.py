@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -21,7 +22,8 @@ from gpt_jax.remote import fetch_file, is_url
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 FORMATS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
-# A .txt file is one document, but is cut at a line end after so many bytes: memory must not grow with the file.
+# A .txt file is one document, but is cut after so many bytes, at a line end or, where there is none, within the line:
+# memory must not grow with the file.
 LARGEST_DOCUMENT = 8 << 20
 
 Document = tuple[str, str]
@@ -100,7 +102,7 @@ def read_documents(path: pathlib.Path, text_key: str = "text", progress: Progres
     kind, _ = file_format(path)
     progress = progress or Progress()
     if kind == ".parquet":
-        with _named_damage(path):
+        with named_damage(path):
             yield from _read_parquet(path, text_key, progress)
         return
     read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv}[kind]
@@ -115,7 +117,7 @@ def open_stream(path: pathlib.Path, progress: Progress | None = None) -> Iterato
     Raises:
       UserError: the file cannot be read or is damaged, here or while the block reads on.
     """
-    with _named_damage(path), open(path, "rb") as raw:
+    with named_damage(path), open(path, "rb") as raw:
         compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
         with _decompress(_Counted(raw, progress or Progress()), compression) as stream:
             yield stream
@@ -128,7 +130,8 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 @contextlib.contextmanager
-def _named_damage(path: pathlib.Path) -> Iterator[None]:
+def named_damage(path: pathlib.Path) -> Iterator[None]:
+    """Raises UserError where the block cannot read the file or finds it damaged."""
     try:
         yield
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
@@ -206,9 +209,25 @@ def _lines(path: pathlib.Path, stream) -> Iterator[tuple[int, str]]:
             raise UserError(f"{path}:{number}: not valid UTF-8 (byte {error.start + 1} of the line).") from None
 
 
+def _pieces(path: pathlib.Path, stream, longest: int) -> Iterator[str]:
+    """Yields lines; one of more than `longest` bytes comes in pieces, cut between characters."""
+    decoder, number, before, data = codecs.getincrementaldecoder("utf-8")(), 1, 0, b"\n"
+    while data:
+        data = stream.readline(longest)
+        held, ended = len(decoder.getstate()[0]), not data or data.endswith(b"\n")
+        try:
+            piece = decoder.decode(data, final=ended)
+        except UnicodeDecodeError as error:
+            byte = before - held + error.start + 1
+            raise UserError(f"{path}:{number}: not valid UTF-8 (byte {byte} of the line).") from None
+        if piece:
+            yield piece
+        number, before = (number + 1, 0) if ended else (number, before + len(data))
+
+
 def _read_txt(path: pathlib.Path, stream, text_key: str) -> Iterator[Document]:
     part, size, lines = 0, 0, []
-    for _, line in _lines(path, stream):
+    for line in _pieces(path, stream, LARGEST_DOCUMENT):
         lines.append(line)
         size += len(line)
         if size >= LARGEST_DOCUMENT:

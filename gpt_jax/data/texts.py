@@ -41,12 +41,18 @@ def texts_of(data: Any) -> list[Text]:
         return [_text({"name": "data", "weight": 1.0, **own})]
     texts = []
     for entry in data.sources:
+        if not isinstance(entry, Mapping):
+            raise UserError(f"data.sources has {entry!r}; each is a table: {{'name': 'a', 'weight': 1, 'path': ...}}.")
         for key in entry:
             if key not in _KEYS:
                 raise UserError(f"data.sources has key {key!r}{nearest(key, _KEYS)}; allowed: {', '.join(_KEYS)}.")
         for key in ("name", "weight"):
             if key not in entry:
                 raise UserError(f"an entry of data.sources has no {key!r}: {dict(entry)}.")
+        for key, value in entry.items():
+            kind, said = ((int, float), "a number") if key in ("weight", "valid_fraction") else (str, "text")
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{key!r} of an entry of data.sources is {value!r}; it takes {said}.")
         where = {"corpus": entry.get("corpus", ""), "path": entry.get("path", ""), "valid_path": ""}
         if bool(where["corpus"]) == bool(where["path"]):
             raise UserError(f"source {entry['name']!r} of data.sources needs either 'corpus' or 'path'.")

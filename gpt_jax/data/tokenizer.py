@@ -138,8 +138,8 @@ class Tokenizer:
         """
         return b"".join([self._shown(int(i), specials) for i in ids]).decode("utf-8", errors="replace")
 
-    def stream(self, specials: str = "skip") -> StreamDecoder:
-        """Returns a decoder that takes one token at a time."""
+    def stream(self, specials: str = "skip", before: Sequence[int] = ()) -> StreamDecoder:
+        """Returns a decoder that takes one token at a time; `before`: ids of the text that they continue."""
         return StreamDecoder(self, specials)
 
     @functools.cached_property

@@ -198,7 +198,8 @@ def option_fields(cls: type) -> dict[str, dataclasses.Field]:
 
 # What an option's annotation takes; others are left to the objective.
 _PLAIN = {"str": (str, "text"), "bool": (bool, "True or False"), "int": (int, "a whole number")}
-_PLAIN |= {"float": (int | float, "a number")}
+_PLAIN |= {"float": (int | float, "a number"), "Mapping[str, Any]": (Mapping, "a table")}
+_PLAIN |= {"tuple[float, ...]": (tuple | list, "a tuple of numbers")}
 
 
 def check_options(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,8 +212,13 @@ def check_options(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
                 f"{cls.__name__} takes: {', '.join(known) or 'no options'}."
             )
         kind, said = _PLAIN.get(known[key].type, (object, ""))
-        if not isinstance(options[key], kind) or (kind is not bool and said and isinstance(options[key], bool)):
-            raise UserError(f"objective.{key} is {options[key]!r}; it takes {said}.")
+        value, fits = options[key], isinstance(options[key], kind)
+        if isinstance(value, bool):
+            fits = kind in (bool, object)
+        elif fits and kind == tuple | list:
+            fits = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        if not fits:
+            raise UserError(f"objective.{key} is {value!r}; it takes {said}.")
     return dict(options)
 
 

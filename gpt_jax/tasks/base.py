@@ -10,6 +10,7 @@ fork: `load_task("pkg.mod:function")` or `load_task("file.py:function")`.
 
 from __future__ import annotations
 
+import ast
 import collections
 import dataclasses
 import importlib.util
@@ -244,6 +245,24 @@ def load_task(spec: str | Mapping[str, Any], **options: Any) -> Task:
     if not isinstance(task, Task):
         raise UserError(f"task {name} returned a {type(task).__name__}, not a gpt_jax.tasks.Task.")
     return dataclasses.replace(task, **common, skipped={})
+
+
+def parse_specs(text: str, flag: str) -> list[Any]:
+    """Returns the names and tables that a flag's text gives: names, comma-separated, or a literal.
+
+    Args:
+      text: "sst2,squad", "{'name': 'sst2', 'limit': 100}" or "['squad', {'name': 'sst2', 'limit': 100}]".
+    """
+    if not text.lstrip().startswith(("{", "[", "(")):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError):
+        found = None
+    specs = list(found) if isinstance(found, (list, tuple)) else [found]
+    if not all(isinstance(spec, str) or (isinstance(spec, Mapping) and "name" in spec) for spec in specs):
+        raise UserError(f"{flag} {text!r} is no table such as {{'name': 'sst2', 'limit': 100}}, nor a list of them.")
+    return specs
 
 
 def task_paths(spec: str | Mapping[str, Any], splits: Sequence[str]) -> list[str]:
