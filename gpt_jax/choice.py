@@ -19,6 +19,7 @@ def choose_texts(
     normalisation: str = "sum",
     temperature: float = 0.0,
     seed: int = 0,
+    overflow: str = "left",
 ) -> list[tuple[str, dict[str, float]]]:
     """Continues each prompt with one of the choices.
 
@@ -26,13 +27,14 @@ def choose_texts(
       run: of `gpt_jax.load`: what has model, params and tokenizer.
       normalisation: of the scores that are compared (`gpt_jax.score.normalise`); with 'sum' and temperature 1 a choice
         is drawn as the model itself would among these texts. temperature: 0 takes the best. seed: of the first prompt.
+      overflow: of a prompt that is too long (`Scorer`): 'left' cuts its beginning, 'error' refuses it.
 
     Returns:
       (the choice, the probability of each choice at temperature 1) of each prompt.
     """
     if len(set(choices)) < 2 or not all(choices):
         raise UserError("a choice is made among at least two different texts, none of them empty.")
-    scorer = Scorer(run.model, run.params, run.tokenizer)
+    scorer = Scorer(run.model, run.params, run.tokenizer, overflow=overflow)
     scores = scorer.score([(prompt, choice) for prompt in prompts for choice in choices])
     empty = scorer.score([("", choice) for choice in choices]) if normalisation == "unconditional" else scores
     out = []

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from gpt_jax.errors import UserError
+from gpt_jax.context.truncation import POLICIES, truncate
+from gpt_jax.errors import UserError, choose
 from gpt_jax.generation import MAX_ROWS, batches_by_length, check_prompts, stream_batch
 from gpt_jax.loading import Loaded, load
 from gpt_jax.objectives.base import objective_class
@@ -28,6 +29,7 @@ _DEFAULTS = {
     "num_samples": 1,
     "max_tokens": 100,
 }
+Fit = Callable[[list[int]], list[int]]
 _SAMPLER = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -41,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interactive", action="store_true", help="read a prompt a line and answer each as it comes")
     parser.add_argument(
         "--max-tokens", type=int, help="tokens generated per prompt; default: 100, or what fits learned positions"
+    )
+    parser.add_argument(
+        "--overflow",
+        default="",
+        help="cuts prompts longer than the context: left | right | head_tail",
     )
     parser.add_argument("--num-samples", type=int, help="continuations of each prompt; default: 1")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: 0.8")
@@ -102,35 +109,32 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
                     "all of it at once (objective.mask=prefix)."
                 )
 
-    def max_tokens_of(prompts: Sequence[str]) -> int:
-        if "max_tokens" in given or run.model.config.positions != "learned":
-            return args.max_tokens
-        longest = max(len(_prompt_ids(run, prompt)) for prompt in prompts)
-        return max(1, min(args.max_tokens, run.model.config.max_positions - longest))
-
+    if args.overflow:
+        choose("--overflow", args.overflow, POLICIES)
     settings = dict(sampling=sampling, stop=args.stop)
     if args.interactive:
         for number, line in enumerate(_typed_lines()):
-            settings |= dict(max_tokens=max_tokens_of([line]), seed=args.seed + number)
             try:
+                settings |= _room(run, [line], args.max_tokens, "max_tokens" in given, args.overflow)
+                settings |= dict(seed=args.seed + number)
                 continue_texts(run, [line], live=sys.stdout, **settings)
             except UserError as error:  # of this line: the next one may be shorter
                 print(f"gpt-jax: {error}", file=sys.stderr, flush=True)
         return 0
-    args.max_tokens = max_tokens_of(prompts)
     if args.choice:
         return _print_choices(run, prompts, args, sampling)
+    room = _room(run, prompts, args.max_tokens, "max_tokens" in given, args.overflow)
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
     live = sys.stdout if len(repeated) == 1 and not (args.json or args.beams or args.html) else None
     if args.beams:
-        rows = _search(run, prompts, args)
+        rows = _search(run, prompts, args, **room)
     else:
-        settings |= dict(max_tokens=args.max_tokens, seed=args.seed)
+        settings |= dict(room, seed=args.seed)
         found = continue_prompts(run, repeated, live=live, **settings)
         rows = [{"prompt": p, "text": text, "ids": new} for p, (text, new) in zip(repeated, found, strict=True)]
     ids = [row.pop("ids") for row in rows]
     if args.logprobs or args.html:
-        looks = [_look(run, row["prompt"], new) for row, new in zip(rows, ids, strict=True)]
+        looks = [_look(run, row["prompt"], new, room["fit"]) for row, new in zip(rows, ids, strict=True)]
         if args.html:
             from gpt_jax.sample_page import write_page
 
@@ -149,11 +153,11 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     return 0
 
 
-def _look(run: Loaded, prompt: str, new: list[int]) -> tuple[list[Any], int]:
+def _look(run: Loaded, prompt: str, new: list[int], fit: Fit) -> tuple[list[Any], int]:
     """What the model thinks of each token of a prompt and its continuation, and where the latter begins."""
     from gpt_jax.sample_page import look_at
 
-    before = _prompt_ids(run, prompt)
+    before = fit(_prompt_ids(run, prompt))
     return look_at(run.model, run.params, before + new) if before + new else [], len(before)
 
 
@@ -161,15 +165,48 @@ def _prompt_ids(run: Any, prompt: str) -> list[int]:
     return run.tokenizer.begin + run.tokenizer.encode(prompt).tolist()
 
 
-def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+def _room(run: Loaded, prompts: Sequence[str], max_tokens: int, given: bool, overflow: str) -> dict[str, Any]:
+    """How prompts and new tokens fit into the context: {"max_tokens", "fit": what cuts a prompt's ids}.
+
+    Raises:
+      UserError: a prompt that does not fit learned positions, and no policy to cut it by.
+    """
+    learned = run.model.config.positions == "learned"
+    context = run.model.config.max_positions if learned else run.config.context_length
+    lengths = [len(_prompt_ids(run, prompt)) for prompt in prompts]
+    if not given and (learned or overflow):
+        max_tokens = max(1, min(max_tokens, max(context - max(lengths), context // 2 if overflow else 1)))
+    begin, room = run.tokenizer.begin, context - max_tokens
+    if overflow and room <= len(begin):
+        raise UserError(f"--max-tokens is {max_tokens}, which leaves nothing of the context of {context} for a prompt.")
+    longest, how = max(lengths), f"--overflow={' | '.join(POLICIES)} cuts it"
+    if learned and longest > room and not overflow:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_tokens={max_tokens} do not fit the model's {context} learned "
+            f"positions; {how}."
+        )
+    if longest > context and not overflow:
+        print(f"gpt-jax: a prompt has {longest} tokens, the context of training {context}; {how}.", file=sys.stderr)
+
+    def fit(ids: list[int]) -> list[int]:
+        if not overflow or len(ids) <= room:
+            return ids
+        return [*begin, *truncate(ids[len(begin) :], room - len(begin), overflow)]
+
+    return {"max_tokens": max_tokens, "fit": fit}
+
+
+def _search(
+    run: Loaded, prompts: Sequence[str], args: argparse.Namespace, max_tokens: int, fit: Fit
+) -> list[dict[str, Any]]:
     """The best `num_samples` texts of each prompt by beam search; what is after a stop string is cut off."""
     from gpt_jax.beam import beam_search
 
     found = beam_search(
         run.model,
         run.params,
-        [_prompt_ids(run, prompt) for prompt in prompts],
-        max_tokens=args.max_tokens,
+        [fit(_prompt_ids(run, prompt)) for prompt in prompts],
+        max_tokens=max_tokens,
         beams=args.beams,
         alpha=args.length_penalty,
         eot=run.tokenizer.eot,
@@ -187,9 +224,8 @@ def _search(run: Loaded, prompts: Sequence[str], args: argparse.Namespace) -> li
 def _print_choices(run: Loaded, prompts: Sequence[str], args: argparse.Namespace, sampling: Sampling) -> int:
     from gpt_jax.choice import choose_texts
 
-    found = choose_texts(
-        run, prompts, args.choice, normalisation=args.normalise, temperature=sampling.temperature, seed=args.seed
-    )
+    options = dict(temperature=sampling.temperature, seed=args.seed, overflow=args.overflow or "error")
+    found = choose_texts(run, prompts, args.choice, normalisation=args.normalise, **options)
     rows = [{"prompt": p, "text": t, "probabilities": q} for p, (t, q) in zip(prompts, found, strict=True)]
     if args.json:
         print(json.dumps({"workdir": args.workdir, "step": run.step, "samples": rows}, ensure_ascii=False))
@@ -242,9 +278,10 @@ def continue_texts(
     stop: Sequence[str] = (),
     seed: int = 0,
     live: TextIO | None = None,
+    fit: Fit | None = None,
 ) -> list[str]:
     """Continues prompts until EOT, a stop string or max_tokens: the texts of `continue_prompts`."""
-    settings = dict(max_tokens=max_tokens, sampling=sampling, stop=stop, seed=seed, live=live)
+    settings = dict(max_tokens=max_tokens, sampling=sampling, stop=stop, seed=seed, live=live, fit=fit)
     return [text for text, _ in continue_prompts(run, prompts, **settings)]
 
 
@@ -257,6 +294,7 @@ def continue_prompts(
     stop: Sequence[str] = (),
     seed: int = 0,
     live: TextIO | None = None,
+    fit: Fit | None = None,
 ) -> list[tuple[str, list[int]]]:
     """Continues prompts until EOT, a stop string or max_tokens.
 
@@ -265,12 +303,14 @@ def continue_prompts(
         batched continuously (not where a prompt's tokens see each other). stop: a text ends before the first of these.
         seed: prompt i has seed + i.
       live: where the first prompt and its continuation are written as they come, always valid UTF-8.
+      fit: what cuts the ids of a prompt that is too long; None: nothing does.
 
     Returns:
       The continuation of each and its tokens, those of a stop string included.
     """
     eot = run.tokenizer.eot
-    ids = check_prompts(run.model, [_prompt_ids(run, prompt) for prompt in prompts], max_tokens, eot)
+    ids = [_prompt_ids(run, prompt) for prompt in prompts]
+    ids = check_prompts(run.model, [fit(row) for row in ids] if fit else ids, max_tokens, eot)
     writers = [_Writer(run.tokenizer, prompt, stop, live if row == 0 else None) for row, prompt in enumerate(ids)]
     both_ways = getattr(run, "bidirectional_prompt", False)
     if len(ids) > MAX_ROWS and live is None and not both_ways:

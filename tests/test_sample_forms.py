@@ -112,6 +112,32 @@ def test_the_page_holds_every_token_and_nothing_from_elsewhere(run, capsys, tmp_
     assert not re.search(r"(src|href)=|@import|url\(", text)
 
 
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [("left", "y" * 4 + "z" * 20), ("right", "x" * 20 + "y" * 4), ("head_tail", "x" * 12 + "z" * 12)],
+)
+def test_a_prompt_too_long_is_cut_by_the_policy_named(run, capsys, policy, kept):
+    long, positions = "x" * 20 + "y" * 30 + "z" * 20, 48
+    flags = ["--temperature=0", f"--max-tokens={positions - 25}"]
+    [cut] = samples(capsys, run, f"--prompt={long}", f"--overflow={policy}", *flags)
+    [alone] = samples(capsys, run, f"--prompt={kept}", *flags)
+    assert cut["text"] == alone["text"]
+
+
+def test_a_prompt_too_long_names_the_policies(run, capsys):
+    long = "x" * 100
+    assert main(["sample", f"--workdir={run}", f"--prompt={long}", "--max-tokens=4"]) == 1
+    assert "--overflow=left | right | head_tail cuts it" in capsys.readouterr().err
+    assert main(["sample", f"--workdir={run}", f"--prompt={long}", "--choice=a", "--choice=b"]) == 1
+    assert "overflow 'left' cuts" in capsys.readouterr().err
+    [row] = samples(capsys, run, f"--prompt={long}", "--choice=a", "--choice=b", "--overflow=left")
+    assert row["text"] in ("a", "b")
+    for given, message in (("up", "--overflow is 'up'"), ("left", "--max-tokens is 100, which leaves nothing")):
+        flags = [f"--overflow={given}", "--max-tokens=100"]
+        assert main(["sample", f"--workdir={run}", f"--prompt={long}", *flags]) == 1
+        assert message in capsys.readouterr().err
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 USE = """
 const say = (name, value) => document.body.setAttribute("data-" + name, value);
