@@ -110,14 +110,16 @@ class Job:
 
 
 def pass_on(source: IO[bytes], target: IO[str] | None, log: IO[bytes] | None, mark: str) -> None:
-    """Copies lines until the source ends."""
+    """Copies lines until the source ends; where one cannot be written it is left out, or its process would wait."""
     for line in source:
         if log is not None:
-            log.write(line)
-            log.flush()
+            with contextlib.suppress(OSError):  # a full disk
+                log.write(line)
+                log.flush()
         if target is not None and not line.startswith(b"[Gloo] Rank"):  # says only that it works
-            target.write(mark + line.decode(errors="replace"))
-            target.flush()
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more; no such letter in the encoding
+                target.write(mark + line.decode(errors="replace"))
+                target.flush()
 
 
 def log_name(environ: Mapping[str, str], k: int) -> str:
@@ -256,7 +258,17 @@ def launch(
 
 
 def say(line: str) -> None:
-    print(f"gpt_jax.launch: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads any more
+        print(f"gpt_jax.launch: {line}", file=sys.stderr, flush=True)
+
+
+def let_go_of_output() -> None:
+    """Drops what cannot be written any more, which the interpreter would try again and end with 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,4 +299,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    let_go_of_output()
+    sys.exit(exit_code)

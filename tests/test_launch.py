@@ -1,5 +1,7 @@
 """The launcher, with processes that are a line of Python each."""
 
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -8,7 +10,7 @@ import time
 
 import pytest
 
-from gpt_jax.launch import describe, first_cause, launch, main
+from gpt_jax.launch import describe, first_cause, launch, main, pass_on
 
 ME = "import os, sys, time, signal; k = int(os.environ['GPT_JAX_PROCESS_ID']); "
 
@@ -78,6 +80,37 @@ def test_a_file_per_process_and_the_terminal_has_process_0(tmp_path, capfd):
     said = capfd.readouterr()
     assert (said.out, said.err) == ("hello 0\n", "oh 0\n")
     assert sorted((tmp_path / "process_1.log").read_text().splitlines()) == ["hello 1", "oh 1"]
+
+
+class Full(io.BytesIO):
+    """A file on a full disk."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_the_log_keeps_no_line_from_the_terminal():
+    shown = io.StringIO()
+    pass_on(io.BytesIO(b"one\ntwo\n"), shown, Full(), "[1] ")
+    assert shown.getvalue() == "[1] one\n[1] two\n"
+    log, closed = io.BytesIO(), io.TextIOWrapper(Full(), "ascii")
+    pass_on(io.BytesIO("one\nä\nthree\n".encode()), closed, log, "")
+    assert log.getvalue().decode() == "one\nä\nthree\n"
+
+
+def test_a_process_whose_output_nobody_reads_any_more_finishes(tmp_path):
+    """As after a lost connection: more than a pipe holds, on both streams, and the launcher has a word to say."""
+    child = "import sys; [print('x' * 99, file=f) for f in (sys.stdout, sys.stderr) for _ in range(3000)]; sys.exit(3)"
+    command = ["-m", "gpt_jax.launch", "--logs", str(tmp_path), "--", sys.executable, "-c", child]
+    read, write = os.pipe()
+    os.close(read)
+    environ = {key: value for key, value in os.environ.items() if key != "GPT_JAX_PROCESS_ID"}
+    try:
+        done = subprocess.run([sys.executable, *command], env=environ, stdout=write, stderr=write, timeout=60)
+    finally:
+        os.close(write)
+    assert done.returncode == 3
+    assert len((tmp_path / "process_0.log").read_bytes()) == 2 * 3000 * 100
 
 
 def test_sigterm_goes_to_the_processes_and_no_restart_follows(tmp_path):
