@@ -126,8 +126,8 @@ errors="$(mktemp)"
 trap 'rm -f "$bundle" "$output" "$errors"' EXIT
 run git bundle create --quiet "$bundle" HEAD
 printf -v command '%q ' "$@"
-# Each host says how it ended: ssh itself gives one code for all.
-remote="cd gpt_jax && source .venv/bin/activate && python -m gpt_jax.launch --logs ../gpt_jax_logs -- $command; echo \"exit code \$? of \$(hostname)\""
+# Each host says how it ended: ssh itself gives one code for all. What a lost connection left running is ended first.
+remote="cd gpt_jax && source .venv/bin/activate && python -m gpt_jax.launch --alone ../gpt_jax_held --logs ../gpt_jax_logs -- $command; echo \"exit code \$? of \$(hostname)\""
 
 code=75
 for ((left = restarts; left >= 0; left--)); do

@@ -91,6 +91,7 @@ def test_a_dry_run_for_a_tpu_pod_says_every_command_and_runs_none(checkout, tmp_
     assert bundle.endswith(" HEAD") and git(checkout, "rev-parse", "HEAD") in shipped and "--worker=all" in shipped
     train = next(line for line in lines if "gpt_jax.launch" in line)
     assert "gpt3" in train and "1b3" in train and "--worker=all" in train
+    assert "--alone" in train  # what a lost connection left behind does not run beside it
 
 
 GCLOUD = """
