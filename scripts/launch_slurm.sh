@@ -67,9 +67,8 @@ export PATH="$code/.venv/bin:\$PATH"
 # One process per node drives all of its GPUs. Each saves on SIGTERM and ends with 75.
 ends="$logs/\${SLURM_JOB_ID}_\${SLURM_RESTART_COUNT:-0}"
 mkdir -p "\$ends"
-# shellcheck disable=SC2016
-task='python -m gpt_jax.launch -- "\$@"; code=\$?; echo \$code >"\$0/\$SLURM_PROCID"; exit \$code'
-srun --kill-on-bad-exit=1 --output="$logs/%j_%t.log" --open-mode=append bash -c "\$task" "\$ends" $command
+srun --kill-on-bad-exit=1 --output="$logs/%j_%t.log" --open-mode=append \\
+  bash "$code/scripts/_slurm_task.sh" "\$ends" $command
 code=\$?
 # srun tells the highest code, which is that of those it killed; what a process said of itself counts.
 own="\$(cat "\$ends"/* 2>/dev/null | awk '\$1 > 0 && \$1 != 75 && \$1 < 128' | head -n 1)"

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import load_script
@@ -233,6 +234,7 @@ def in_slurm(checkout, tmp_path, ends, restarted=0, requeue=0):
     (tmp_path / "job.sh").write_text(made.stdout.split("\n", 2)[2])
     (tmp_path / "scontrol").unlink(missing_ok=True)
     shutil.rmtree(checkout / "runs", ignore_errors=True)
+    shutil.copytree(checkout / "scripts", checkout / "runs/code" / git(checkout, "rev-parse", "HEAD") / "scripts")
     done = run(
         ["bash", tmp_path / "job.sh"], tools, SAW=str(tmp_path / "saw"), ENDS=ends, SLURM_JOB_ID="7",
         SLURM_RESTART_COUNT=str(restarted), PYTHONPATH=str(ROOT),
@@ -266,6 +268,25 @@ def test_slurm_queues_a_lost_job_again_and_never_a_mistake(checkout, tmp_path):
     assert in_slurm(checkout, tmp_path, "1 137") == (1, "")  # srun says 137, the process itself 1
     assert in_slurm(checkout, tmp_path, "75 75", restarted=3) == (75, "")
     assert in_slurm(checkout, tmp_path, "75 75", requeue=1) == (75, "requeue 7")  # which was refused
+
+
+def test_a_task_of_slurm_passes_sigterm_on_and_waits_until_all_is_saved(tmp_path):
+    saves = (
+        f"import pathlib, signal, sys, time; here = pathlib.Path({str(tmp_path)!r}); "
+        "signal.signal(signal.SIGTERM, lambda *_: time.sleep(0.5) or (here / 'saved').touch() or sys.exit(75)); "
+        "(here / 'ready').touch(); time.sleep(600)"
+    )
+    command = ["bash", str(ROOT / "scripts/_slurm_task.sh"), str(tmp_path), sys.executable, "-c", saves]
+    environment = os.environ | {"SLURM_PROCID": "5", "PYTHONPATH": str(ROOT)}
+    task = subprocess.Popen(command, env=environment)
+    while not (tmp_path / "ready").exists():
+        assert task.poll() is None
+        time.sleep(0.05)
+    task.terminate()
+    time.sleep(0.2)
+    task.terminate()  # as at the end of the time limit, while it saves
+    assert task.wait(timeout=30) == 75 and (tmp_path / "saved").exists()
+    assert (tmp_path / "5").read_text() == "75\n"
 
 
 # ---- every host
