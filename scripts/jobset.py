@@ -119,6 +119,17 @@ def manifest(
     }
 
 
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def uncommitted() -> list[str]:
+    """Returns the files whose changes the pods would not check out."""
+    new = git("ls-files", "--others", "--exclude-standard", "--", "configs", "gpt_jax")
+    return [*git("diff", "--name-only", "HEAD").splitlines(), *new.splitlines()]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/jobset.py", description=__doc__.splitlines()[0])
     parser.add_argument("--name", required=True, help="of the set: lower-case letters, digits and '-'")
@@ -149,15 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"--hosts is {args.hosts}, --slices {args.slices}, --restarts {args.restarts}; at least 1, 1 and 0."
     elif not command:
         problem = "no command: -- gpt-jax train ...."
+    elif not args.commit and (changed := uncommitted()):
+        problem = f"there are uncommitted changes, which would not run; commit them first: {' '.join(changed)}."
     if problem:
         print(f"jobset: {problem}", file=sys.stderr)
         return 1
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
+    commit = args.commit or git("rev-parse", "HEAD")
     keys = ("name", "repo", "hosts", "slices", "tpu", "topology", "chips", "gpus", "image", "claim", "restarts")
     print(json.dumps(manifest(commit=commit, command=command, **{key: getattr(args, key) for key in keys}), indent=2))
     print(

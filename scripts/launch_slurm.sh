@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a SLURM cluster: makes a copy of the commit checked out here on the shared file system, installs it there,
-# and submits a job of one process per node, which SLURM queues again after a preemption.
+# and submits a job of one process per node, which SLURM queues again after a preemption. The job runs in the copy:
+# relative paths are the commit's, but for runs/, --workdir, and files that are here and not in the commit.
 #
 #   scripts/launch_slurm.sh --nodes 4 --gpus 8 --time 24:00:00 --partition gpu --restarts 5 -- \
 #     gpt-jax train --config=gpt2_124m --workdir=runs/g124
@@ -36,14 +37,33 @@ for number in nodes gpus restarts; do
 done
 [ "$nodes" -gt 0 ] || usage "--nodes is 0; it is at least 1."
 here="$PWD"
-logs="${logs:-$here/runs/logs}"
+logs="${logs:-runs/logs}"
+[[ "$logs" == /* ]] || logs="$here/$logs"
 commit="$(git rev-parse HEAD)"
-if [ -n "$(git status --porcelain --untracked-files=no)" ]; then
-  echo "launch_slurm: there are uncommitted changes, which would not run; commit them first." >&2
+changed="$(git diff --name-only HEAD && git ls-files --others --exclude-standard -- configs gpt_jax)"
+if [ -n "$changed" ]; then
+  echo "launch_slurm: there are uncommitted changes, which would not run; commit them first: ${changed//$'\n'/ }." >&2
   [ -n "$dry" ] || exit 1
 fi
 code="$here/runs/code/$commit"
-printf -v command '%q ' "$@"
+
+# The words of the command; what they name beside the commit's files is told from the root.
+command="" before=""
+for word in "$@"; do
+  flag="$before" value="$word"
+  if [[ "$word" == --*=* ]]; then flag="${word%%=*}" value="${word#*=}"; fi
+  case "$value" in
+    "" | /* | -* | *://*) ;;
+    *)
+      if [ "$flag" = --workdir ] ||
+        { [[ "$flag" == --* ]] && [ -e "$value" ] && ! git cat-file -e "$commit:$value" 2>/dev/null; }; then
+        word="${word%"$value"}$here/$value"
+      fi
+      ;;
+  esac
+  before="$word"
+  printf -v command '%s%q ' "$command" "$word"
+done
 
 script() {
   cat <<SBATCH
@@ -62,7 +82,7 @@ SBATCH
   [ -z "$account" ] || echo "#SBATCH --account=$account"
   cat <<SBATCH
 set -uo pipefail
-cd "$here" || exit 1
+cd "$code" || exit 1
 export PATH="$code/.venv/bin:\$PATH"
 # One process per node drives all of its GPUs. Each saves on SIGTERM and ends with 75.
 ends="$logs/\${SLURM_JOB_ID}_\${SLURM_RESTART_COUNT:-0}"
@@ -88,10 +108,12 @@ SBATCH
 
 if [ -n "$dry" ]; then
   echo "+ bash scripts/_host.sh $here $commit $code $extras"
+  echo "+ ln -sfn $here/runs $code/runs"
   echo "+ sbatch <<the script that follows"
   script
   exit 0
 fi
 mkdir -p "$logs"
 bash scripts/_host.sh "$here" "$commit" "$code" "$extras"
+ln -sfn "$here/runs" "$code/runs"
 script | sbatch

@@ -49,8 +49,9 @@ if [ -z "$version" ]; then
 fi
 
 commit="$(git rev-parse HEAD)"
-if [ -n "$(git status --porcelain --untracked-files=no)" ]; then
-  echo "launch_tpu_pod: there are uncommitted changes, which would not be shipped; commit them first." >&2
+changed="$(git diff --name-only HEAD && git ls-files --others --exclude-standard -- configs gpt_jax)"
+if [ -n "$changed" ]; then
+  echo "launch_tpu_pod: there are uncommitted changes, which would not be shipped; commit them first: ${changed//$'\n'/ }." >&2
   [ -n "$dry" ] || exit 1
 fi
 

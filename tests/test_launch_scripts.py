@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -201,11 +202,15 @@ def test_mistakes_on_the_command_line_of_the_pod_launcher(checkout, arguments, m
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1] and not done.stdout
 
 
-def test_uncommitted_changes_are_not_left_behind_silently(checkout, tmp_path):
-    (checkout / "setup.cfg").write_text("changed")
-    for script, more in (("launch_tpu_pod.sh", TPU), ("launch_slurm.sh", [])):
-        done = run(["bash", checkout / "scripts" / script, *more, *COMMAND])
-        assert done.returncode == 1 and "uncommitted changes" in done.stderr
+@pytest.mark.parametrize("path", ["setup.cfg", "configs/new.py", "gpt_jax/a/new.py"])
+def test_uncommitted_changes_are_not_left_behind_silently(checkout, tmp_path, path):
+    (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / path).write_text("changed")
+    jobset = [sys.executable, "scripts/jobset.py", "--name", "a", "--repo", "r", "--hosts", "1"]
+    for command in (["bash", "scripts/launch_tpu_pod.sh", *TPU], ["bash", "scripts/launch_slurm.sh"], jobset):
+        done = run([command[0], checkout / command[1], *command[2:], *COMMAND])
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and "uncommitted changes" in line and line.endswith(f": {path}.")
 
 
 # ---- SLURM
@@ -231,7 +236,7 @@ def in_slurm(checkout, tmp_path, ends, restarted=0, requeue=0):
     command = ["bash", checkout / "scripts/launch_slurm.sh", "--nodes", "2", "--restarts", "3", "--dry-run"]
     made = run([*command, "--", "bash", "-c", "exit $CODE"])
     assert made.returncode == 0, made.stderr
-    (tmp_path / "job.sh").write_text(made.stdout.split("\n", 2)[2])
+    (tmp_path / "job.sh").write_text(made.stdout[made.stdout.index("#!") :])
     (tmp_path / "scontrol").unlink(missing_ok=True)
     shutil.rmtree(checkout / "runs", ignore_errors=True)
     shutil.copytree(checkout / "scripts", checkout / "runs/code" / git(checkout, "rev-parse", "HEAD") / "scripts")
@@ -256,8 +261,25 @@ def test_the_batch_script_for_slurm(checkout, tmp_path):
     assert git(checkout, "rev-parse", "HEAD") in lines[0]
     assert "gpt3\\ 1b3" in done.stdout
     if shutil.which("shellcheck"):
-        (tmp_path / "job.sh").write_text("\n".join(lines[2:]) + "\n")
+        (tmp_path / "job.sh").write_text(done.stdout[done.stdout.index("#!") :])
         assert run(["shellcheck", tmp_path / "job.sh"]).returncode == 0
+
+
+def test_a_job_of_slurm_runs_in_the_copy_of_the_commit_and_finds_what_is_beside_it(checkout):
+    """As the checkout may have changed when the job starts, and again when it starts again."""
+    (checkout / "data").mkdir()
+    (checkout / "data/own.txt").write_text("x")
+    given = ["gpt-jax", "data", "--workdir=out/r", "--workdir", "r", "--a=data/own.txt", "--b", "data", "--c=scripts"]
+    kept = ["--d=setup.cfg", "--e=runs/to_come", "--f=/data/own.txt", "--g=gs://b/data", "--h=7", "--i='data'"]
+    done = run(["bash", checkout / "scripts/launch_slurm.sh", "--dry-run", "--", *given, *kept])
+    assert done.returncode == 0 and not done.stderr
+    copy = f"{checkout}/runs/code/{git(checkout, 'rev-parse', 'HEAD')}"
+    lines = done.stdout.splitlines()
+    assert f"+ ln -sfn {checkout}/runs {copy}/runs" in lines and f'cd "{copy}" || exit 1' in lines
+    command = shlex.split(next(line for line in lines if "_slurm_task.sh" in line))
+    assert command[:3] == ["bash", f"{copy}/scripts/_slurm_task.sh", "$ends"]
+    beside = [f"--workdir={checkout}/out/r", "--workdir", f"{checkout}/r", f"--a={checkout}/data/own.txt"]
+    assert command[3:] == ["gpt-jax", "data", *beside, "--b", f"{checkout}/data", "--c=scripts", *kept]
 
 
 def test_slurm_queues_a_lost_job_again_and_never_a_mistake(checkout, tmp_path):
