@@ -6,9 +6,9 @@
 #   scripts/launch_slurm.sh --nodes 4 --gpus 8 --time 24:00:00 --partition gpu --restarts 5 -- \
 #     gpt-jax train --config=gpt2_124m --workdir=runs/g124
 #
-#   --nodes N --gpus N       nodes, and GPUs of each (0: CPUs only)       --time T --partition P --account A   SLURM's own
+#   --nodes N --gpus N       whole nodes, GPUs of each (0: CPUs)     --time T --partition P --account A   SLURM's own
 #   --restarts N             after preemptions and lost nodes (3); a mistake of yours is never retried
-#   --logs DIR               a log per process (runs/logs)                --extras E   what pip installs (cuda)
+#   --logs DIR               a log per process (runs/logs)           --extras E   what pip installs (cuda)
 #   --dry-run                prints the batch script and submits nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -71,6 +71,8 @@ script() {
 #SBATCH --job-name=gpt_jax
 #SBATCH --nodes=$nodes
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=$time
 #SBATCH --output=$logs/%j.log
 #SBATCH --open-mode=append

@@ -256,7 +256,8 @@ def test_the_batch_script_for_slurm(checkout, tmp_path):
     )
     assert done.returncode == 0 and not done.stderr
     lines = done.stdout.splitlines()
-    for wanted in ("--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=gpu", "--requeue"):
+    whole_nodes = ("--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive", "--mem=0")
+    for wanted in (*whole_nodes, "--partition=gpu", "--requeue"):
         assert f"#SBATCH {wanted}" in lines
     assert git(checkout, "rev-parse", "HEAD") in lines[0]
     assert "gpt3\\ 1b3" in done.stdout
