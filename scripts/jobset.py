@@ -48,7 +48,8 @@ def manifest(
       name: of the set. repo, commit: what runs. command: of every process.
       hosts: pods of a slice. slices: replicated jobs. tpu, topology: the node pool's labels; chips: of a host.
       gpus: of a host, instead of a TPU. image: with git and Python (an older Python is replaced).
-      claim: a persistent volume claim that all pods mount at /data. restarts: of the whole set.
+      claim: a persistent volume claim that all pods mount at /data, where their logs go too; without one they end with
+        the pods. restarts: of the whole set.
     """
     checkout = "/tmp/gpt_jax"
     extras = "tpu,gcs" if tpu else "cuda,gcs" if gpus else "gcs"
@@ -56,7 +57,8 @@ def manifest(
         f"git clone --quiet --no-checkout {shlex.quote(repo)} {checkout} && git -C {checkout} checkout --quiet {commit}"
     )
     install = f"bash {checkout}/scripts/_host.sh {shlex.quote(repo)} {commit} {checkout} {shlex.quote(extras)}"
-    run = f"cd {checkout} && source .venv/bin/activate && exec python -m gpt_jax.launch -- {shlex.join(command)}"
+    logs = f"--logs /data/logs/{name}/$HOSTNAME " if claim else ""  # a restart has the same names and deletes the pods
+    run = f"cd {checkout} && source .venv/bin/activate && exec python -m gpt_jax.launch {logs}-- {shlex.join(command)}"
     environment: list[dict[str, Any]] = []
     if not tpu:  # GKE tells TPU pods their places by itself
         index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chips", type=int, default=4, help="TPU chips of a host")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of a host, instead of --tpu")
     parser.add_argument("--image", default="python:3.12", help="with git and Python")
-    parser.add_argument("--claim", default="", help="a persistent volume claim, mounted at /data")
+    parser.add_argument("--claim", default="", help="a persistent volume claim, mounted at /data; keeps the logs")
     parser.add_argument("--restarts", type=int, default=3, help="after preemptions and lost pods")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args(argv)

@@ -452,7 +452,7 @@ def test_a_jobset_for_tpu_slices(jobset, capsys):
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"} and not pod["containers"][0]["env"]
     script = pod["containers"][0]["command"][2]
-    assert "checkout --quiet abc123" in script and "'--config=gpt3 1b3'" in script
+    assert "checkout --quiet abc123" in script and "gpt_jax.launch -- gpt-jax train '--config=gpt3 1b3'" in script
     assert run(["bash", "-n", "-c", script]).returncode == 0
     assert "kubectl logs" in err
 
@@ -476,6 +476,8 @@ def test_pods_with_gpus_are_told_their_places(jobset, capsys):
     place = find_place(environ)
     assert (place.coordinator, place.processes, place.index) == ("run1-workers-0-0.run1:8476", 4, 3)
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
+    script = pod["containers"][0]["command"][2]
+    assert " gpt_jax.launch --logs /data/logs/run1/$HOSTNAME -- gpt-jax train " in script  # a restart deletes the pods
 
 
 @pytest.mark.parametrize(
