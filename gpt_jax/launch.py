@@ -291,7 +291,7 @@ def hold(path: str | os.PathLike, grace: float = _GRACE) -> IO[str]:
             number, seconds = steps.pop(0)
             say(f"another launcher (pid {holder}) runs here: {number.name}, and up to {seconds:.0f} s for it to end.")
             end = time.monotonic() + seconds
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # it has gone, or is another user's
                 os.kill(int(holder), number)
         time.sleep(0.05)
     file.truncate(0)
