@@ -139,7 +139,7 @@ def _main(argv: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}.")
     rest, overrides = split_overrides(argv[1:])
-    sys.path.insert(0, os.getcwd())  # import paths of a user's own objectives and optimizers
+    sys.path.append(os.getcwd())  # import paths of a user's own objectives and optimizers; never instead of ours
     args = _parser(command).parse_args(rest)
     quieten_libraries()
     use_compilation_cache()

@@ -60,14 +60,14 @@ def options(program: str) -> dict[str, Any]:
     return {flag.name: flag.value for flag in TABLE if flag.backend == "cpu" and flag.where == program}
 
 
-def backend_here(environ: Mapping[str, str]) -> str:
+def backend_here(environ: Mapping[str, str], devices: pathlib.Path = pathlib.Path("/dev")) -> str:
     """Returns which backend jax will choose, without asking it (that would fix the flags): cpu | gpu | tpu."""
     from gpt_jax.cluster import on_tpu_machine
 
     platforms = environ.get("JAX_PLATFORMS", "")
     if on_tpu_machine(environ):
         return "tpu"
-    on_gpu_machine = pathlib.Path("/dev/nvidia0").exists() and not platforms
+    on_gpu_machine = any(devices.glob("nvidia[0-9]*")) and not platforms  # a container may be given number 3 alone
     return "gpu" if on_gpu_machine or any(name in platforms for name in ("cuda", "gpu")) else "cpu"
 
 

@@ -6,12 +6,14 @@ A process that dies takes the others with it, but the runtime ends those without
 which was first, says so in one line and ends the rest. Exit codes: 0 all finished; 75 lost or preempted, run me again;
 any other is that of the process that failed by itself, which is never started again (a mistake would only repeat).
 Under a scheduler that starts one process per host, `--processes 1` on each host gives the restarts and the log.
+SIGTERM lets the processes save and starts none again; SIGQUIT kills them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import pathlib
 import signal
@@ -28,6 +30,7 @@ from gpt_jax.errors import UserError
 
 RETRY = 75  # EX_TEMPFAIL
 _LAST_WORDS = 2.0  # seconds for the output of processes that have ended
+_GRACE = 180.0  # seconds to save after SIGTERM
 
 
 class Job:
@@ -110,14 +113,16 @@ class Job:
 
 
 def pass_on(source: IO[bytes], target: IO[str] | None, log: IO[bytes] | None, mark: str) -> None:
-    """Copies lines until the source ends."""
+    """Copies lines until the source ends; where one cannot be written it is left out, or its process would wait."""
     for line in source:
         if log is not None:
-            log.write(line)
-            log.flush()
+            with contextlib.suppress(OSError):  # a full disk
+                log.write(line)
+                log.flush()
         if target is not None and not line.startswith(b"[Gloo] Rank"):  # says only that it works
-            target.write(mark + line.decode(errors="replace"))
-            target.flush()
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more; no such letter in the encoding
+                target.write(mark + line.decode(errors="replace"))
+                target.flush()
 
 
 def log_name(environ: Mapping[str, str], k: int) -> str:
@@ -233,10 +238,11 @@ def launch(
     def stop(number: int, frame: object) -> None:
         stopping.set()
         if job is not None:
-            job.signal(signal.SIGTERM)
+            job.signal(signal.SIGKILL if number == signal.SIGQUIT else signal.SIGTERM)
 
     main_thread = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)} if main_thread else {}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if main_thread else ()
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         for left in range(restarts, -1, -1):
             job = Job(command, processes, dict(os.environ if environ is None else environ), logs and pathlib.Path(logs))
@@ -255,8 +261,65 @@ def launch(
             job.end()
 
 
+def hold(path: str | os.PathLike, grace: float = _GRACE) -> IO[str]:
+    """Makes this the launcher that holds a file; one that holds it, left by a lost connection, is ended first.
+
+    Two launchers of a host would be two jobs beside each other, and the second finds its port and devices taken.
+
+    Args:
+      path: the file, which keeps the number of its holder. grace: seconds to save before its processes are killed.
+
+    Returns:
+      The file; it is held until it is closed or this process ends.
+
+    Raises:
+      UserError: the file cannot be written, or its holder does not end.
+    """
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        raise UserError(f"--alone is {str(path)!r}, which cannot be written: {error.strerror}.") from None
+    # With the seconds each is given. A launcher ends with its processes, so the last is for one that is stuck itself.
+    steps = [(signal.SIGTERM, grace), (signal.SIGQUIT, 20.0), (signal.SIGKILL, 5.0)]
+    end = time.monotonic() + 0.5  # one that holds it since a moment has yet to write its number
+    while not _lock(file):
+        if time.monotonic() >= end:
+            file.seek(0)
+            holder = file.read().strip()
+            if not steps or not holder.isdigit():
+                raise UserError(f"--alone is {str(path)!r}; what holds it ({holder or 'unknown'}) does not end.")
+            number, seconds = steps.pop(0)
+            say(f"another launcher (pid {holder}) runs here: {number.name}, and up to {seconds:.0f} s for it to end.")
+            end = time.monotonic() + seconds
+            with contextlib.suppress(OSError):  # it has gone, or is another user's
+                os.kill(int(holder), number)
+        time.sleep(0.05)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def say(line: str) -> None:
-    print(f"gpt_jax.launch: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads any more
+        print(f"gpt_jax.launch: {line}", file=sys.stderr, flush=True)
+
+
+def let_go_of_output() -> None:
+    """Drops what cannot be written any more, which the interpreter would try again and end with 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="processes on this machine")
     parser.add_argument("--restarts", type=int, default=0, help="how often to start again after a loss or preemption")
     parser.add_argument("--logs", default="", metavar="DIR", help="a file per process; the terminal shows process 0")
+    parser.add_argument("--alone", default="", metavar="FILE", help="ends the launcher that holds FILE, and holds it")
     parser.add_argument("--cpu-devices", type=int, default=0, help="simulated CPU devices of each process")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args(argv)
@@ -278,13 +342,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("no command: python -m gpt_jax.launch --processes N -- gpt-jax train ....")
         if args.processes < 1 or args.restarts < 0:
             raise UserError(f"--processes is {args.processes}, --restarts {args.restarts}; at least 1 and 0.")
-        return launch(
-            command, processes=args.processes, restarts=args.restarts, logs=args.logs or None, environ=environ
-        )
+        with hold(args.alone) if args.alone else contextlib.nullcontext():
+            return launch(
+                command, processes=args.processes, restarts=args.restarts, logs=args.logs or None, environ=environ
+            )
     except UserError as error:
         say(str(error))
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    let_go_of_output()
+    sys.exit(exit_code)

@@ -48,7 +48,8 @@ def manifest(
       name: of the set. repo, commit: what runs. command: of every process.
       hosts: pods of a slice. slices: replicated jobs. tpu, topology: the node pool's labels; chips: of a host.
       gpus: of a host, instead of a TPU. image: with git and Python (an older Python is replaced).
-      claim: a persistent volume claim that all pods mount at /data. restarts: of the whole set.
+      claim: a persistent volume claim that all pods mount at /data, where their logs go too; without one they end with
+        the pods. restarts: of the whole set.
     """
     checkout = "/tmp/gpt_jax"
     extras = "tpu,gcs" if tpu else "cuda,gcs" if gpus else "gcs"
@@ -56,7 +57,8 @@ def manifest(
         f"git clone --quiet --no-checkout {shlex.quote(repo)} {checkout} && git -C {checkout} checkout --quiet {commit}"
     )
     install = f"bash {checkout}/scripts/_host.sh {shlex.quote(repo)} {commit} {checkout} {shlex.quote(extras)}"
-    run = f"cd {checkout} && source .venv/bin/activate && exec python -m gpt_jax.launch -- {shlex.join(command)}"
+    logs = f"--logs /data/logs/{name}/$HOSTNAME " if claim else ""  # a restart has the same names and deletes the pods
+    run = f"cd {checkout} && source .venv/bin/activate && exec python -m gpt_jax.launch {logs}-- {shlex.join(command)}"
     environment: list[dict[str, Any]] = []
     if not tpu:  # GKE tells TPU pods their places by itself
         index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
@@ -119,6 +121,17 @@ def manifest(
     }
 
 
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def uncommitted() -> list[str]:
+    """Returns the files whose changes the pods would not check out."""
+    new = git("ls-files", "--others", "--exclude-standard", "--", "configs", "gpt_jax")
+    return [*git("diff", "--name-only", "HEAD").splitlines(), *new.splitlines()]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/jobset.py", description=__doc__.splitlines()[0])
     parser.add_argument("--name", required=True, help="of the set: lower-case letters, digits and '-'")
@@ -131,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chips", type=int, default=4, help="TPU chips of a host")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of a host, instead of --tpu")
     parser.add_argument("--image", default="python:3.12", help="with git and Python")
-    parser.add_argument("--claim", default="", help="a persistent volume claim, mounted at /data")
+    parser.add_argument("--claim", default="", help="a persistent volume claim, mounted at /data; keeps the logs")
     parser.add_argument("--restarts", type=int, default=3, help="after preemptions and lost pods")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args(argv)
@@ -149,15 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"--hosts is {args.hosts}, --slices {args.slices}, --restarts {args.restarts}; at least 1, 1 and 0."
     elif not command:
         problem = "no command: -- gpt-jax train ...."
+    elif not args.commit and (changed := uncommitted()):
+        problem = f"there are uncommitted changes, which would not run; commit them first: {' '.join(changed)}."
     if problem:
         print(f"jobset: {problem}", file=sys.stderr)
         return 1
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
+    commit = args.commit or git("rev-parse", "HEAD")
     keys = ("name", "repo", "hosts", "slices", "tpu", "topology", "chips", "gpus", "image", "claim", "restarts")
     print(json.dumps(manifest(commit=commit, command=command, **{key: getattr(args, key) for key in keys}), indent=2))
     print(

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Trains on a SLURM cluster: makes a copy of the commit checked out here on the shared file system, installs it there,
-# and submits a job of one process per node, which SLURM queues again after a preemption.
+# and submits a job of one process per node, which SLURM queues again after a preemption. The job runs in the copy:
+# relative paths are the commit's, but for runs/, --workdir, and files that are here and not in the commit.
 #
 #   scripts/launch_slurm.sh --nodes 4 --gpus 8 --time 24:00:00 --partition gpu --restarts 5 -- \
 #     gpt-jax train --config=gpt2_124m --workdir=runs/g124
 #
-#   --nodes N --gpus N       nodes, and GPUs of each (0: CPUs only)       --time T --partition P --account A   SLURM's own
+#   --nodes N --gpus N       whole nodes, GPUs of each (0: CPUs)     --time T --partition P --account A   SLURM's own
 #   --restarts N             after preemptions and lost nodes (3); a mistake of yours is never retried
-#   --logs DIR               a log per process (runs/logs)                --extras E   what pip installs (cuda)
+#   --logs DIR               a log per process (runs/logs)           --extras E   what pip installs (cuda)
 #   --dry-run                prints the batch script and submits nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,14 +37,33 @@ for number in nodes gpus restarts; do
 done
 [ "$nodes" -gt 0 ] || usage "--nodes is 0; it is at least 1."
 here="$PWD"
-logs="${logs:-$here/runs/logs}"
+logs="${logs:-runs/logs}"
+[[ "$logs" == /* ]] || logs="$here/$logs"
 commit="$(git rev-parse HEAD)"
-if [ -n "$(git status --porcelain --untracked-files=no)" ]; then
-  echo "launch_slurm: there are uncommitted changes, which would not run; commit them first." >&2
+changed="$(git diff --name-only HEAD && git ls-files --others --exclude-standard -- configs gpt_jax)"
+if [ -n "$changed" ]; then
+  echo "launch_slurm: there are uncommitted changes, which would not run; commit them first: ${changed//$'\n'/ }." >&2
   [ -n "$dry" ] || exit 1
 fi
 code="$here/runs/code/$commit"
-printf -v command '%q ' "$@"
+
+# The words of the command; what they name beside the commit's files is told from the root.
+command="" before=""
+for word in "$@"; do
+  flag="$before" value="$word"
+  if [[ "$word" == --*=* ]]; then flag="${word%%=*}" value="${word#*=}"; fi
+  case "$value" in
+    "" | /* | -* | *://*) ;;
+    *)
+      if [ "$flag" = --workdir ] ||
+        { [[ "$flag" == --* ]] && [ -e "$value" ] && ! git cat-file -e "$commit:$value" 2>/dev/null; }; then
+        word="${word%"$value"}$here/$value"
+      fi
+      ;;
+  esac
+  before="$word"
+  printf -v command '%s%q ' "$command" "$word"
+done
 
 script() {
   cat <<SBATCH
@@ -51,6 +71,8 @@ script() {
 #SBATCH --job-name=gpt_jax
 #SBATCH --nodes=$nodes
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=$time
 #SBATCH --output=$logs/%j.log
 #SBATCH --open-mode=append
@@ -62,14 +84,13 @@ SBATCH
   [ -z "$account" ] || echo "#SBATCH --account=$account"
   cat <<SBATCH
 set -uo pipefail
-cd "$here" || exit 1
+cd "$code" || exit 1
 export PATH="$code/.venv/bin:\$PATH"
 # One process per node drives all of its GPUs. Each saves on SIGTERM and ends with 75.
 ends="$logs/\${SLURM_JOB_ID}_\${SLURM_RESTART_COUNT:-0}"
 mkdir -p "\$ends"
-# shellcheck disable=SC2016
-task='python -m gpt_jax.launch -- "\$@"; code=\$?; echo \$code >"\$0/\$SLURM_PROCID"; exit \$code'
-srun --kill-on-bad-exit=1 --output="$logs/%j_%t.log" --open-mode=append bash -c "\$task" "\$ends" $command
+srun --kill-on-bad-exit=1 --output="$logs/%j_%t.log" --open-mode=append \\
+  bash "$code/scripts/_slurm_task.sh" "\$ends" $command
 code=\$?
 # srun tells the highest code, which is that of those it killed; what a process said of itself counts.
 own="\$(cat "\$ends"/* 2>/dev/null | awk '\$1 > 0 && \$1 != 75 && \$1 < 128' | head -n 1)"
@@ -89,10 +110,12 @@ SBATCH
 
 if [ -n "$dry" ]; then
   echo "+ bash scripts/_host.sh $here $commit $code $extras"
+  echo "+ ln -sfn $here/runs $code/runs"
   echo "+ sbatch <<the script that follows"
   script
   exit 0
 fi
 mkdir -p "$logs"
 bash scripts/_host.sh "$here" "$commit" "$code" "$extras"
+ln -sfn "$here/runs" "$code/runs"
 script | sbatch

@@ -49,8 +49,9 @@ if [ -z "$version" ]; then
 fi
 
 commit="$(git rev-parse HEAD)"
-if [ -n "$(git status --porcelain --untracked-files=no)" ]; then
-  echo "launch_tpu_pod: there are uncommitted changes, which would not be shipped; commit them first." >&2
+changed="$(git diff --name-only HEAD && git ls-files --others --exclude-standard -- configs gpt_jax)"
+if [ -n "$changed" ]; then
+  echo "launch_tpu_pod: there are uncommitted changes, which would not be shipped; commit them first: ${changed//$'\n'/ }." >&2
   [ -n "$dry" ] || exit 1
 fi
 
@@ -126,8 +127,8 @@ errors="$(mktemp)"
 trap 'rm -f "$bundle" "$output" "$errors"' EXIT
 run git bundle create --quiet "$bundle" HEAD
 printf -v command '%q ' "$@"
-# Each host says how it ended: ssh itself gives one code for all.
-remote="cd gpt_jax && source .venv/bin/activate && python -m gpt_jax.launch --logs ../gpt_jax_logs -- $command; echo \"exit code \$? of \$(hostname)\""
+# Each host says how it ended: ssh itself gives one code for all. What a lost connection left running is ended first.
+remote="cd gpt_jax && source .venv/bin/activate && python -m gpt_jax.launch --alone ../gpt_jax_held --logs ../gpt_jax_logs -- $command; echo \"exit code \$? of \$(hostname)\""
 
 code=75
 for ((left = restarts; left >= 0; left--)); do

@@ -56,6 +56,13 @@ def test_the_backend_is_told_by_the_environment():
     assert backend_here({"JAX_PLATFORMS": "cuda,cpu"}) == "gpu"
 
 
+def test_any_gpu_of_the_machine_makes_it_one(tmp_path):
+    (tmp_path / "nvidiactl").touch()
+    assert backend_here({}, tmp_path) == "cpu"
+    (tmp_path / "nvidia3").touch()
+    assert backend_here({}, tmp_path) == "gpu" and backend_here({"JAX_PLATFORMS": "cpu"}, tmp_path) == "cpu"
+
+
 @pytest.mark.slow
 def test_xla_knows_the_flags_for_gpus():
     """XLA ends a process that names a flag it does not know, on any backend."""

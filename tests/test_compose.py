@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import linen as nn
 from helpers import assert_trees_equal, relative, text_batch, tiny
 from toys import SIZE, Bigram
 
+from gpt_jax.cli import main
 from gpt_jax.data.formats import TaskInfo
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate
@@ -238,6 +240,18 @@ def test_objectives_are_built_by_name_or_import_path_with_their_options():
     own = build_objective({"name": "toys:Bigram", "rate": 0.5}, SETTING)
     assert isinstance(own, Bigram) and own.rate == 0.5
     assert own.coefs == {"lm": 1.0, "some": 0.5}
+
+
+def test_an_objective_of_the_current_folder_is_found_and_its_files_hide_no_others(tmp_path, monkeypatch, capsys):
+    own = "from gpt_jax.objectives.causal_lm import CausalLM\nimport graphlib\nclass Mine(CausalLM): pass\n"
+    (tmp_path / "objective_of_mine.py").write_text(own)
+    (tmp_path / "graphlib.py").write_text("raise RuntimeError('not the one of the standard library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "graphlib", raising=False)
+    name = "--config.objective={'name': 'objective_of_mine:Mine'}"
+    assert main(["train", "--config=causal_lm", "--print-config", name]) == 0
+    assert "objective.z_loss = " in capsys.readouterr().out
 
 
 def test_compositions_are_built_from_nested_tables():

@@ -232,6 +232,17 @@ def test_worker_that_is_killed_is_told(tmp_path):
     worker.close()
 
 
+def test_worker_runs_the_code_of_its_process_not_of_the_current_folder(tmp_path, monkeypatch):
+    TOKENIZER.save(tmp_path / "tokenizer")
+    (tmp_path / "gpt_jax").mkdir()
+    (tmp_path / "gpt_jax/__init__.py").write_text("raise SystemExit('another checkout')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # as the command line leaves it
+    worker = Worker(tmp_path / "tokenizer", "<u2")
+    assert worker.encode(["xx"])[0].tolist() == [3]
+    worker.close()
+
+
 def test_no_training_text_is_refused(tmp_path):
     with pytest.raises(UserError, match="no document fell in the training split"):
         build_store([("valid", "x")], TOKENIZER, tmp_path / "s")

@@ -1,5 +1,7 @@
 """The launcher, with processes that are a line of Python each."""
 
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -8,7 +10,7 @@ import time
 
 import pytest
 
-from gpt_jax.launch import describe, first_cause, launch, main
+from gpt_jax.launch import describe, first_cause, hold, launch, main, pass_on
 
 ME = "import os, sys, time, signal; k = int(os.environ['GPT_JAX_PROCESS_ID']); "
 
@@ -80,6 +82,37 @@ def test_a_file_per_process_and_the_terminal_has_process_0(tmp_path, capfd):
     assert sorted((tmp_path / "process_1.log").read_text().splitlines()) == ["hello 1", "oh 1"]
 
 
+class Full(io.BytesIO):
+    """A file on a full disk."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_the_log_keeps_no_line_from_the_terminal():
+    shown = io.StringIO()
+    pass_on(io.BytesIO(b"one\ntwo\n"), shown, Full(), "[1] ")
+    assert shown.getvalue() == "[1] one\n[1] two\n"
+    log, closed = io.BytesIO(), io.TextIOWrapper(Full(), "ascii")
+    pass_on(io.BytesIO("one\nä\nthree\n".encode()), closed, log, "")
+    assert log.getvalue().decode() == "one\nä\nthree\n"
+
+
+def test_a_process_whose_output_nobody_reads_any_more_finishes(tmp_path):
+    """As after a lost connection: more than a pipe holds, on both streams, and the launcher has a word to say."""
+    child = "import sys; [print('x' * 99, file=f) for f in (sys.stdout, sys.stderr) for _ in range(3000)]; sys.exit(3)"
+    command = ["-m", "gpt_jax.launch", "--logs", str(tmp_path), "--", sys.executable, "-c", child]
+    read, write = os.pipe()
+    os.close(read)
+    environ = {key: value for key, value in os.environ.items() if key != "GPT_JAX_PROCESS_ID"}
+    try:
+        done = subprocess.run([sys.executable, *command], env=environ, stdout=write, stderr=write, timeout=60)
+    finally:
+        os.close(write)
+    assert done.returncode == 3
+    assert len((tmp_path / "process_0.log").read_bytes()) == 2 * 3000 * 100
+
+
 def test_sigterm_goes_to_the_processes_and_no_restart_follows(tmp_path):
     child = ME + (
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
@@ -95,11 +128,45 @@ def test_sigterm_goes_to_the_processes_and_no_restart_follows(tmp_path):
     assert [(tmp_path / k).read_text() for k in "01"] == ["x", "x"]
 
 
+def started(tmp_path, at_sigterm):
+    """A launcher that holds `tmp_path / "held"`, of a process that has written its number."""
+    child = (
+        f"import os, pathlib, signal, sys, time; here = pathlib.Path({str(tmp_path)!r}); "
+        f"signal.signal(signal.SIGTERM, lambda *_: {at_sigterm}); "
+        "(here / 'new').write_text(str(os.getpid())); os.rename(here / 'new', here / 'child'); time.sleep(600)"
+    )
+    command = ["-m", "gpt_jax.launch", "--restarts", "3", "--alone", str(tmp_path / "held"), "--"]
+    process = subprocess.Popen([sys.executable, *command, sys.executable, "-c", child], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "child").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def test_a_launcher_that_a_lost_connection_left_saves_and_ends_before_the_next_starts(tmp_path, capfd):
+    left = started(tmp_path, "(here / 'saved').touch() or sys.exit(75)")
+    ended = f"import os, sys; sys.exit(not os.path.exists({str(tmp_path / 'saved')!r}))"
+    assert main(["--alone", str(tmp_path / "held"), "--", sys.executable, "-c", ended]) == 0
+    assert left.wait(timeout=10) == 75
+    assert f"another launcher (pid {left.pid}) runs here: SIGTERM" in capfd.readouterr().err
+    assert main(["--alone", str(tmp_path / "held"), "--", "true"]) == 0  # held by none
+    assert not capfd.readouterr().err
+
+
+def test_a_launcher_whose_process_does_not_end_is_ended_with_it(tmp_path):
+    left = started(tmp_path, "None")
+    with hold(tmp_path / "held", grace=0.2):
+        assert left.wait(timeout=10) == 75
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "child").read_text()), 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--processes", "2"], "no command"),
         (["--processes", "0", "--", "true"], "--processes is 0"),
+        (["--alone", "/nonexistent/file", "--", "true"], "--alone is '/nonexistent/file', which cannot be written"),
         (["--", "/nonexistent/command"], "cannot start '/nonexistent/command'"),
     ],
 )

@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import load_script
@@ -91,6 +93,7 @@ def test_a_dry_run_for_a_tpu_pod_says_every_command_and_runs_none(checkout, tmp_
     assert bundle.endswith(" HEAD") and git(checkout, "rev-parse", "HEAD") in shipped and "--worker=all" in shipped
     train = next(line for line in lines if "gpt_jax.launch" in line)
     assert "gpt3" in train and "1b3" in train and "--worker=all" in train
+    assert "--alone" in train  # what a lost connection left behind does not run beside it
 
 
 GCLOUD = """
@@ -199,11 +202,15 @@ def test_mistakes_on_the_command_line_of_the_pod_launcher(checkout, arguments, m
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1] and not done.stdout
 
 
-def test_uncommitted_changes_are_not_left_behind_silently(checkout, tmp_path):
-    (checkout / "setup.cfg").write_text("changed")
-    for script, more in (("launch_tpu_pod.sh", TPU), ("launch_slurm.sh", [])):
-        done = run(["bash", checkout / "scripts" / script, *more, *COMMAND])
-        assert done.returncode == 1 and "uncommitted changes" in done.stderr
+@pytest.mark.parametrize("path", ["setup.cfg", "configs/new.py", "gpt_jax/a/new.py"])
+def test_uncommitted_changes_are_not_left_behind_silently(checkout, tmp_path, path):
+    (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / path).write_text("changed")
+    jobset = [sys.executable, "scripts/jobset.py", "--name", "a", "--repo", "r", "--hosts", "1"]
+    for command in (["bash", "scripts/launch_tpu_pod.sh", *TPU], ["bash", "scripts/launch_slurm.sh"], jobset):
+        done = run([command[0], checkout / command[1], *command[2:], *COMMAND])
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and "uncommitted changes" in line and line.endswith(f": {path}.")
 
 
 # ---- SLURM
@@ -229,9 +236,10 @@ def in_slurm(checkout, tmp_path, ends, restarted=0, requeue=0):
     command = ["bash", checkout / "scripts/launch_slurm.sh", "--nodes", "2", "--restarts", "3", "--dry-run"]
     made = run([*command, "--", "bash", "-c", "exit $CODE"])
     assert made.returncode == 0, made.stderr
-    (tmp_path / "job.sh").write_text(made.stdout.split("\n", 2)[2])
+    (tmp_path / "job.sh").write_text(made.stdout[made.stdout.index("#!") :])
     (tmp_path / "scontrol").unlink(missing_ok=True)
     shutil.rmtree(checkout / "runs", ignore_errors=True)
+    shutil.copytree(checkout / "scripts", checkout / "runs/code" / git(checkout, "rev-parse", "HEAD") / "scripts")
     done = run(
         ["bash", tmp_path / "job.sh"], tools, SAW=str(tmp_path / "saw"), ENDS=ends, SLURM_JOB_ID="7",
         SLURM_RESTART_COUNT=str(restarted), PYTHONPATH=str(ROOT),
@@ -248,13 +256,31 @@ def test_the_batch_script_for_slurm(checkout, tmp_path):
     )
     assert done.returncode == 0 and not done.stderr
     lines = done.stdout.splitlines()
-    for wanted in ("--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=gpu", "--requeue"):
+    whole_nodes = ("--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive", "--mem=0")
+    for wanted in (*whole_nodes, "--partition=gpu", "--requeue"):
         assert f"#SBATCH {wanted}" in lines
     assert git(checkout, "rev-parse", "HEAD") in lines[0]
     assert "gpt3\\ 1b3" in done.stdout
     if shutil.which("shellcheck"):
-        (tmp_path / "job.sh").write_text("\n".join(lines[2:]) + "\n")
+        (tmp_path / "job.sh").write_text(done.stdout[done.stdout.index("#!") :])
         assert run(["shellcheck", tmp_path / "job.sh"]).returncode == 0
+
+
+def test_a_job_of_slurm_runs_in_the_copy_of_the_commit_and_finds_what_is_beside_it(checkout):
+    """As the checkout may have changed when the job starts, and again when it starts again."""
+    (checkout / "data").mkdir()
+    (checkout / "data/own.txt").write_text("x")
+    given = ["gpt-jax", "data", "--workdir=out/r", "--workdir", "r", "--a=data/own.txt", "--b", "data", "--c=scripts"]
+    kept = ["--d=setup.cfg", "--e=runs/to_come", "--f=/data/own.txt", "--g=gs://b/data", "--h=7", "--i='data'"]
+    done = run(["bash", checkout / "scripts/launch_slurm.sh", "--dry-run", "--", *given, *kept])
+    assert done.returncode == 0 and not done.stderr
+    copy = f"{checkout}/runs/code/{git(checkout, 'rev-parse', 'HEAD')}"
+    lines = done.stdout.splitlines()
+    assert f"+ ln -sfn {checkout}/runs {copy}/runs" in lines and f'cd "{copy}" || exit 1' in lines
+    command = shlex.split(next(line for line in lines if "_slurm_task.sh" in line))
+    assert command[:3] == ["bash", f"{copy}/scripts/_slurm_task.sh", "$ends"]
+    beside = [f"--workdir={checkout}/out/r", "--workdir", f"{checkout}/r", f"--a={checkout}/data/own.txt"]
+    assert command[3:] == ["gpt-jax", "data", *beside, "--b", f"{checkout}/data", "--c=scripts", *kept]
 
 
 def test_slurm_queues_a_lost_job_again_and_never_a_mistake(checkout, tmp_path):
@@ -265,6 +291,25 @@ def test_slurm_queues_a_lost_job_again_and_never_a_mistake(checkout, tmp_path):
     assert in_slurm(checkout, tmp_path, "1 137") == (1, "")  # srun says 137, the process itself 1
     assert in_slurm(checkout, tmp_path, "75 75", restarted=3) == (75, "")
     assert in_slurm(checkout, tmp_path, "75 75", requeue=1) == (75, "requeue 7")  # which was refused
+
+
+def test_a_task_of_slurm_passes_sigterm_on_and_waits_until_all_is_saved(tmp_path):
+    saves = (
+        f"import pathlib, signal, sys, time; here = pathlib.Path({str(tmp_path)!r}); "
+        "signal.signal(signal.SIGTERM, lambda *_: time.sleep(0.5) or (here / 'saved').touch() or sys.exit(75)); "
+        "(here / 'ready').touch(); time.sleep(600)"
+    )
+    command = ["bash", str(ROOT / "scripts/_slurm_task.sh"), str(tmp_path), sys.executable, "-c", saves]
+    environment = os.environ | {"SLURM_PROCID": "5", "PYTHONPATH": str(ROOT)}
+    task = subprocess.Popen(command, env=environment)
+    while not (tmp_path / "ready").exists():
+        assert task.poll() is None
+        time.sleep(0.05)
+    task.terminate()
+    time.sleep(0.2)
+    task.terminate()  # as at the end of the time limit, while it saves
+    assert task.wait(timeout=30) == 75 and (tmp_path / "saved").exists()
+    assert (tmp_path / "5").read_text() == "75\n"
 
 
 # ---- every host
@@ -407,7 +452,7 @@ def test_a_jobset_for_tpu_slices(jobset, capsys):
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"} and not pod["containers"][0]["env"]
     script = pod["containers"][0]["command"][2]
-    assert "checkout --quiet abc123" in script and "'--config=gpt3 1b3'" in script
+    assert "checkout --quiet abc123" in script and "gpt_jax.launch -- gpt-jax train '--config=gpt3 1b3'" in script
     assert run(["bash", "-n", "-c", script]).returncode == 0
     assert "kubectl logs" in err
 
@@ -431,6 +476,8 @@ def test_pods_with_gpus_are_told_their_places(jobset, capsys):
     place = find_place(environ)
     assert (place.coordinator, place.processes, place.index) == ("run1-workers-0-0.run1:8476", 4, 3)
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
+    script = pod["containers"][0]["command"][2]
+    assert " gpt_jax.launch --logs /data/logs/run1/$HOSTNAME -- gpt-jax train " in script  # a restart deletes the pods
 
 
 @pytest.mark.parametrize(

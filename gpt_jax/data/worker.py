@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import struct
 import subprocess
 import sys
@@ -37,14 +38,16 @@ class Worker:
     """A process that tokenizes; `encode` is `encode_chunk`."""
 
     def __init__(self, tokenizer_folder: str, dtype: str):
+        ours, paths = str(pathlib.Path(__file__).parents[2]), list(filter(None, sys.path))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "gpt_jax.data.worker", str(tokenizer_folder), dtype],
+            # -P: the code of this package, not of a checkout that happens to be the current folder
+            [sys.executable, "-P", "-m", "gpt_jax.data.worker", str(tokenizer_folder), dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={
                 **os.environ,
                 "TOKENIZERS_PARALLELISM": "false",
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "PYTHONPATH": os.pathsep.join(paths if ours in paths else [ours, *paths]),
             },
         )
 
