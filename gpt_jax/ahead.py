@@ -29,8 +29,6 @@ from gpt_jax.step import TrainStep
 from gpt_jax.throughput import model_flops_per_token
 from gpt_jax.topologies import Machine
 
-USABLE = 0.92  # of a chip's memory: the rest is the runtime's, and fragments
-
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:

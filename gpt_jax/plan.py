@@ -16,7 +16,8 @@ from typing import Any
 
 from gpt_jax import cluster
 from gpt_jax import config as configs
-from gpt_jax.ahead import USABLE, Compiled, compile_step
+from gpt_jax.ahead import Compiled, compile_step
+from gpt_jax.compiler_flags import USABLE
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import totals
