@@ -59,6 +59,20 @@ def test_a_collective_that_gives_wrong_numbers_is_noticed(monkeypatch):
     assert check.ok is False and "wrong numbers on process 0 on " in check.found
 
 
+def test_a_check_that_a_device_has_no_memory_for_is_wrong_and_ends_nothing(monkeypatch):
+    assert [device_checks.collective_size("tpu", "all-gather", ways) >> 20 for ways in (2, 16, 256)] == [64, 64, 4]
+    assert device_checks.collective_size("tpu", "all-reduce", 256) >> 20 == 64
+
+    def refuse(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+    monkeypatch.setattr(jax, "make_array_from_callback", refuse)
+    monkeypatch.setattr(device_checks, "matmul_rate", refuse)
+    for check in (measure_collective(make_mesh(data=2, fsdp=4), "fsdp", "all-gather"), check_matmul()):
+        assert check.ok is False and "process 0 on " in check.found
+        assert check.found.endswith(": RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+
 def test_too_little_memory_is_said():
     assert check_memory(1 << 60).ok is False and "needed" in check_memory(1 << 60).found
     assert check_memory(1).ok and check_memory(0).ok is None
