@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import jax
@@ -119,6 +120,35 @@ def test_the_batches_of_gpt3_grow_as_published_and_hold_its_tokens():
 )
 def test_the_vocabulary_is_known_before_the_tokenizer(overrides, size):
     assert vocabulary_of(load("quickstart", overrides)) == size
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "labels"),
+    [("classify", "classifier", 6), ("tag", "tagger", 8), ("multitask", "classifier", 6), ("sst2", "classifier", 2)],
+)
+def test_a_head_has_an_output_for_each_label_of_the_tasks(name, head, labels, monkeypatch):
+    monkeypatch.delenv("GPT_JAX_DATA", raising=False)  # no example is read
+    tiny = {"model.num_layers": "1", "model.d_model": "32", "model.num_heads": "2"}
+    _, step = abstract_step(load(name, tiny), simulated(1))
+    step.trace()
+    assert step.abstract.all_params[head]["bias"].shape == (labels,)
+
+
+def test_labels_of_a_file_that_is_absent_are_missed_in_one_line(tmp_path):
+    tasks = repr(({"name": "classification", "train": f"{tmp_path}/gone.tsv"},))
+    with pytest.raises(UserError, match=r"gone.tsv: cannot read \(No such file or directory\)"):
+        abstract_step(load("classify", {"data.tasks": tasks}), simulated(1))
+
+
+@pytest.mark.slow
+def test_all_shipped_configs_have_a_step_without_data():
+    folder = pathlib.Path(__file__).parent.parent / "configs"
+    large = re.compile(r"gpt3_|llama2_|gpt2_")
+    for path in sorted(path for path in folder.rglob("*.py") if not large.match(path.name)):
+        config = load(str(path), {})
+        if config.data.tokenizer.kind == "char" and not config.model.vocab_size:
+            config = load(str(path), {"model.vocab_size": "100"})
+        abstract_step(config, simulated(1))
 
 
 @pytest.mark.parametrize(
