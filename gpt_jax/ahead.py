@@ -67,9 +67,14 @@ class Compiled:
         return self.state_bytes + self.temporary_bytes
 
     @property
+    def shards(self) -> int:
+        """Pieces that a batch is cut into by rows; the chips of the tensor and sequence axes share one."""
+        return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
     def rows(self) -> int:
         """Sequences of a (micro-)batch on one shard of it."""
-        return self.config.batch_size // (self.config.microbatches * self.mesh["data"] * self.mesh["fsdp"])
+        return self.config.batch_size // (self.config.microbatches * self.shards)
 
 
 def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:

@@ -83,8 +83,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         for line in result["advice"] or ["nothing tried does: take a larger machine"]:
             say(f"  {line}")
     if args.max_batch:
-        result["max_batch_per_chip"] = max_batch(compiled, machine)
-        say(f"largest batch that fits: {result['max_batch_per_chip']} sequences a shard and micro-batch")
+        result["max_batch_per_shard"] = max_batch(compiled, machine)
+        say(f"largest batch that fits: {result['max_batch_per_shard']} sequences a shard and micro-batch")
     print(json.dumps(result))
     return 0
 
@@ -140,7 +140,10 @@ def mfu_bound(compiled: Compiled, machine: Machine) -> float | None:
 
 
 def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
-    """What the command prints as JSON. Bytes are those of one chip and step; FLOPs those of all chips."""
+    """What the command prints as JSON. Bytes are those of one chip and step; FLOPs those of all chips.
+
+    A batch per shard is the sequences of a micro-batch on one of the `shards` it is cut into (axes data and fsdp).
+    """
     return {
         "config": compiled.config.name,
         "topology": machine.name,
@@ -165,8 +168,9 @@ def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         "roofline_s": roofline(compiled, machine),
         "mfu_bound": mfu_bound(compiled, machine),
         "stand_in": compiled.stand_in,
-        "batch_per_chip": compiled.rows,
-        "max_batch_per_chip": None,
+        "shards": compiled.shards,
+        "batch_per_shard": compiled.rows,
+        "max_batch_per_shard": None,
         "compile_s": round(compiled.compile_s, 1),
     }
 
@@ -299,8 +303,8 @@ def batches(compiled: Compiled) -> Iterator[tuple[str, Config]]:
 
 def with_rows(compiled: Compiled, rows: int) -> Config:
     """The same config with another number of sequences a shard."""
-    config, mesh = compiled.config, compiled.mesh
-    size = rows * config.microbatches * mesh["data"] * mesh["fsdp"]
+    config = compiled.config
+    size = rows * config.microbatches * compiled.shards
     return dataclasses.replace(
         config, batch_size=size, batch_schedule=(), eval=dataclasses.replace(config.eval, batch_size=0)
     )
