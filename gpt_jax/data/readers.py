@@ -44,6 +44,19 @@ def expand_variables(path: str) -> str:
     return out
 
 
+def local_path(path: str) -> pathlib.Path:
+    """Returns a path with ~ and $VARS expanded; in place of each URL (of several, between commas) a copy in the cache.
+
+    Raises:
+      UserError: a $VAR that is not set, an object that is not there.
+    """
+    expanded = expand_variables(path)
+    if "://" not in expanded:
+        return pathlib.Path(expanded)
+    parts = (part.strip() for part in expanded.split(","))
+    return pathlib.Path(",".join(str(fetch_file(p, cache_root(), print)) if is_url(p) else p for p in parts))
+
+
 def expand_paths(paths: str) -> list[pathlib.Path]:
     """Returns the files that comma-separated paths and globs name, sorted within each glob, each file once.
 
