@@ -26,6 +26,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.remote import Remote, has_scheme, is_url, run_folder
 
 _MIB = 1 << 20
+_READ = 8 * _MIB  # of an object, to see how fast that goes
 LEFT_OUT = 3  # exit code: nothing is wrong as far as was looked, but the time did not suffice for all checks
 
 
@@ -177,8 +178,9 @@ def parts_of(objective: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def check_data(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> Check:
     """The files of the data config: on every host, and the same (name, size, and a hash of both ends of each)."""
+    rates: list[float] = []
     try:
-        mine: Any = data_files(data, parts)
+        mine: Any = data_files(data, parts, rates)
         problem = ""
     except UserError as error:
         mine, problem = [], str(error)
@@ -190,19 +192,32 @@ def check_data(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> Check:
     if odd:
         named = ", ".join(f"process {k} on {found[k][0]!r}" for k in odd)
         return Check("data", False, f"the files of {named} are not those of the others")
-    size = sum(entry[1] for entry in mine)
+    size = sum(entry[1] or 0 for entry in mine)
     text = f"{len(mine)} files, {size / _MIB:,.1f} MiB, the same on all" if mine else "embedded corpus"
-    return Check("data", True, text, {"files": len(mine), "bytes": size})
+    values = {"files": len(mine), "bytes": size}
+    unknown = sum(entry[1] is None for entry in mine)
+    text += f" ({unknown} of unknown size not counted)" * bool(unknown)
+    told = [rate for rate in distributed.gather(min(rates, default=None)) if rate is not None]
+    if told:
+        rate = min(told)
+        text += f"; a store read at {rate:,.0f} MiB/s by the slowest process"
+        values["read_mib_per_s"] = round(rate, 1)
+    return Check("data", True, text, values)
 
 
-def data_files(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, int, str]]:
+def data_files(
+    data: Any, parts: Sequence[Mapping[str, Any]] = (), rates: list[float] | None = None
+) -> list[tuple[str, int | None, str]]:
     """(name, bytes, hash of the first and last MiB) of each file that a run reads; raises UserError.
+
+    Of an object in an object store not more than 8 MiB are read: its size is not known, and the hash is of its end.
 
     Args:
       data: the data config: its paths, and those of the tasks it names. parts: what an objective's parts set otherwise.
+      rates: takes the MiB/s of each read from an object store, short ones left out.
     """
-    from gpt_jax.data.readers import expand_paths, expand_variables
-    from gpt_jax.data.store import MANIFEST, is_store
+    from gpt_jax.data.readers import expand_paths, expand_variables, refuse_globs
+    from gpt_jax.data.store import is_store
     from gpt_jax.tasks.base import task_paths
 
     named = [data.path, data.valid_path, *(s.get("path", "") for s in data.sources)]
@@ -213,15 +228,18 @@ def data_files(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> list[tuple
     ]:
         for task in tasks:
             named += task_paths(task, ("train", split))
-    patterns = list(dict.fromkeys(text for text in named if text))
-    out = []
-    for pattern in patterns:
-        if is_url(pattern) and is_store(pattern):
-            manifest = Remote(pattern).read(MANIFEST) or b""
-            size = sum(entry["size"] for entry in json.loads(manifest)["files"].values())
-            out.append((MANIFEST, size, hashlib.sha256(manifest).hexdigest()[:16]))
+    expanded = [expand_variables(text) for text in named if text]
+    patterns = [part.strip() for text in expanded for part in (text.split(",") if "://" in text else [text])]
+    out: list[tuple[str, int | None, str]] = []
+    for pattern in dict.fromkeys(patterns):
+        if is_url(pattern):
+            refuse_globs(pattern)
+            entry, rate = look_at_store(pattern) if is_store(pattern) else look_at_object(pattern)
+            out.append(entry)
+            if rates is not None and rate is not None:
+                rates.append(rate)
             continue
-        folder = pathlib.Path(expand_variables(pattern))  # a token store
+        folder = pathlib.Path(pattern)  # a token store
         paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else expand_paths(pattern)
         for file in paths:
             size = file.stat().st_size
@@ -233,7 +251,47 @@ def data_files(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> list[tuple
     return out
 
 
-def check_folder(name: str, folder: str, *, shared: bool, size: int = 8 * _MIB) -> Check:
+def look_at_store(url: str) -> tuple[tuple[str, int, str], float | None]:
+    """Returns ((name, bytes, hash) of a token store's manifest, MiB/s of a read of its tokens, None of a short one)."""
+    from gpt_jax.data.store import MANIFEST
+
+    remote = Remote(url)
+    manifest = remote.read(MANIFEST) or b""
+    try:
+        sizes = {name: entry["size"] for name, entry in json.loads(manifest)["files"].items()}
+        name = max(sizes, key=sizes.get)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"the token store at {url!r} is damaged: {MANIFEST} does not name its files.") from None
+    start = time.perf_counter()
+    data = remote.read(name, 0, min(sizes[name], _READ))
+    seconds = time.perf_counter() - start
+    if data is None:
+        raise UserError(f"the token store at {url!r} is damaged: {name} is missing.")
+    return (MANIFEST, sum(sizes.values()), hashlib.sha256(manifest).hexdigest()[:16]), _rate_if_long(data, seconds)
+
+
+def look_at_object(url: str) -> tuple[tuple[str, int | None, str], float | None]:
+    """Returns ((name, bytes if they are few, hash of the end) of an object, MiB/s of the read, None of a short one)."""
+    folder, _, name = url.rpartition("/")
+    remote = Remote(folder)
+    start = time.perf_counter()
+    data = remote.read_end(name, _READ)
+    seconds = time.perf_counter() - start
+    if data is None:
+        raise UserError(f"data path {url!r}: no such object.")
+    size = len(data) if len(data) < _READ else None
+    return (name, size, hashlib.sha256(data).hexdigest()[:16]), _rate_if_long(data, seconds)
+
+
+def _rate_if_long(data: bytes, seconds: float) -> float | None:
+    return _rate(len(data), seconds) if len(data) == _READ else None  # of a short read it would be the latency
+
+
+def _rate(size: int, seconds: float) -> float:
+    return size / _MIB / max(seconds, 1e-9)
+
+
+def check_folder(name: str, folder: str, *, shared: bool, size: int = _READ) -> Check:
     """Writes to a folder, reads it back, on every process; `shared`: and looks whether all see the same folder."""
     problem, rates = "", [0.0, 0.0]
     try:
@@ -286,7 +344,7 @@ def write_and_read(folder: str, size: int) -> list[float]:
         remove()
     if not same:
         raise ValueError("a file came back other than it was written")
-    return [size / _MIB / max(wrote - start, 1e-9), size / _MIB / max(done - wrote, 1e-9)]
+    return [_rate(size, wrote - start), _rate(size, done - wrote)]
 
 
 def _write_through(path: pathlib.Path, data: bytes) -> None:

@@ -12,8 +12,11 @@ import pytest
 from gpt_jax import device_checks, preflight
 from gpt_jax.cli import main
 from gpt_jax.config import resolve
+from gpt_jax.data.build import build_store
+from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.device_checks import check_matmul, check_memory, measure_collective
 from gpt_jax.preflight import check_data, check_devices, odd_ones, run_preflight
+from gpt_jax.remote import Remote
 from gpt_jax.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -96,6 +99,36 @@ def test_the_data_are_compared_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.distributed, "gather", lambda value: rows)
     check = check_data(resolve({"data": {"path": str(tmp_path / "a" / "*.txt")}}).data)
     assert check.ok is False and "the files of process 2 on 'h2' are not those of the others" in check.found
+
+
+def test_of_data_in_an_object_store_a_piece_is_read_and_its_rate_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(preflight, "_READ", 100_000)
+    (tmp_path / "large.jsonl.zst").write_bytes(bytes(500_000))
+    (tmp_path / "small.txt").write_text("hello")
+    store = build_store([("train", "to be " * 20_000)], ByteTokenizer(("eot",)), tmp_path / "store", workers=1)
+    read = []
+    whole = Remote.read
+    monkeypatch.setattr(Remote, "read", lambda *a: read.append(whole(*a)) or read[-1])
+    check = check_data(
+        resolve({"data": {"path": f"file://{tmp_path}/large.jsonl.zst,file://{tmp_path}/small.txt"}}).data
+    )
+    assert check.ok and check.values["read_mib_per_s"] > 0 and " MiB/s by the slowest process" in check.found
+    assert check.values["files"] == 2 and check.values["bytes"] == 5
+    assert "(1 of unknown size not counted)" in check.found
+    assert sum(len(data or b"") for data in read) == 100_005 and not (tmp_path / "cache").exists()  # nothing is copied
+    read.clear()
+    check = check_data(resolve({"data": {"path": f"file://{store.path}"}}).data)
+    assert check.ok and check.values["read_mib_per_s"] > 0 and len(read[-1]) == 100_000
+    assert check.values["bytes"] == sum(entry["size"] for entry in store.manifest["files"].values()) > 240_000
+    (store.path / "train.tokens").unlink()
+    for path, said in (
+        (f"file://{store.path}", "train.tokens is missing"),
+        (f"file://{tmp_path}/no.txt", "no such object"),
+    ):
+        check = check_data(resolve({"data": {"path": path}}).data)
+        assert check.ok is False and said in check.found
+    assert "globs are of files here" in check_data(resolve({"data": {"path": "gs://bucket/*.txt"}}).data).found
 
 
 def test_the_files_of_tasks_are_data(tmp_path):

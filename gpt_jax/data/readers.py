@@ -44,6 +44,12 @@ def expand_variables(path: str) -> str:
     return out
 
 
+def refuse_globs(url: str) -> None:
+    """Raises UserError for a pattern of URLs."""
+    if any(letter in url for letter in "*?["):
+        raise UserError(f"data path {url!r}: globs are of files here; name each object of an object store.")
+
+
 def local_path(path: str) -> pathlib.Path:
     """Returns a path with ~ and $VARS expanded; in place of each URL (of several, between commas) a copy in the cache.
 
@@ -69,8 +75,7 @@ def expand_paths(paths: str) -> list[pathlib.Path]:
     for part in filter(None, (p.strip() for p in paths.split(","))):
         pattern = expand_variables(part)
         if is_url(pattern):
-            if any(letter in pattern for letter in "*?["):
-                raise UserError(f"data path {part!r}: globs are of files here; name each object of an object store.")
+            refuse_globs(pattern)
             files[fetch_file(pattern, cache_root(), print)] = None
             continue
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
