@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="--here: what a device needs (hbm_bytes_per_chip of a plan)",
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="--here: the time there is")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="--here: seconds for a check that hangs; 0: 60, or --seconds",
+    )
     cluster.add_arguments(parser)
     parser.add_argument("--max-batch", action="store_true", help="search the largest batch that fits")
     parser.add_argument("--no-advice", action="store_true", help="do not search what would fit when this does not")
@@ -67,7 +74,12 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
         environ = cluster.environment_of(args)
         return run_preflight(
-            config, workdir=args.workdir, needed_bytes=args.needed_bytes, seconds=args.seconds, environ=environ
+            config,
+            workdir=args.workdir,
+            needed_bytes=args.needed_bytes,
+            seconds=args.seconds,
+            limit=args.limit,
+            environ=environ,
         )
     machine = machine_of(args.topology, args.devices, config)
     say = (lambda line: None) if args.json else (lambda line: print(line, flush=True))

@@ -3,7 +3,7 @@
     code = run_preflight(config, workdir="runs/x")          # `gpt-jax plan --here`, one process per host
 
 Every process checks its own part and all hear of all: what is wrong is said once, with the process and the host that
-is odd. Under a minute: what does not fit into the time is left out and said so.
+is odd. Under a minute: what does not fit into the time is left out and said so, and what never returns is ended.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ def run_preflight(
     workdir: str = "",
     needed_bytes: int = 0,
     seconds: float = 60.0,
+    limit: float = 0.0,
     environ: Mapping[str, str] | None = None,
     log: Callable[[str], None] = print,
 ) -> int:
@@ -44,12 +46,13 @@ def run_preflight(
     Args:
       config: a resolved Config: its mesh, data and `distributed.*` say what is expected.
       workdir: written to and read from, if given. needed_bytes: what a device needs by the plan; 0 asks for the size of
-        parameters, gradient and moments alone. seconds: the time there is.
+        parameters, gradient and moments alone. seconds: the time there is; no check begins late in it. limit: seconds
+        from when all have joined after which the process ends in the midst of a check; 0: the larger of 60 and `seconds`.
       environ: where the job is described; None is this process's. log: takes the lines of process 0.
 
     Returns:
       0 if all is well, 1 if anything is wrong, `LEFT_OUT` if nothing is but checks were left out for want of time: each
-      is a line. The last line that process 0 logs is JSON.
+      is a line. The last line that process 0 logs is JSON. A process that ends at `limit` does so with 1.
 
     Raises:
       Unavailable: processes are missing. UserError: code, versions or config differ between processes.
@@ -61,13 +64,13 @@ def run_preflight(
 
     began = time.monotonic()
     apply_flags(config.compiler.flags, config.compiler.extra)
-    distributed.initialize(
+    place = distributed.initialize(
         environ,
         heartbeat_seconds=config.distributed.heartbeat_seconds,
         join_seconds=min(config.distributed.join_seconds, seconds),
         facts={"the config": distributed.fingerprint(configs.to_dict(config)), "--workdir": workdir},
     )
-    say = distributed.said_once(log)
+    say = log if place is None or place.index == 0 else (lambda line: None)  # asks no device, which may hang
     steps: dict[str, Callable[[], list[Check]]] = {
         "processes": lambda: [check_processes()],
         "devices": lambda: check_devices(config.distributed.devices, config.distributed.device_kind),
@@ -84,31 +87,57 @@ def run_preflight(
     }
     checks: list[Check] = []
     left: list[str] = []
-    for name, step in steps.items():
-        late = time.monotonic() - began > 0.8 * seconds
-        if distributed.decide(late):
-            left = list(steps)[list(steps).index(name) :]
-            text = f"left out after {time.monotonic() - began:.0f} s: {', '.join(left)}"
-            checks.append(Check("time", None, text))
-            say(str(checks[-1]))
-            break
-        try:
-            found = step()
-        except UserError as error:  # of the config, so the same on every process: a mesh that the devices do not make
-            found = [Check(name, False, str(error))]
-        for check in found:
-            checks.append(check)
-            say(str(check))
+    limit = limit or max(60.0, seconds)
+    names = list(steps)
+    now = names[0]
+
+    def overdue() -> None:
+        """What never returns (a collective whose other end is gone, a device in use) ends here, and is named."""
+        where = f"process {place.index if place else 0} on {platform.node()!r}"
+        check = Check(now, False, f"not done after {limit:.0f} s on {where}, which ends")
+        print(f"gpt-jax: pre-flight: {check.name}: {check.found}.", file=sys.stderr)
+        say(str(check))
+        say(json.dumps(summary([*checks, check], names[names.index(now) + 1 :], time.monotonic() - began)))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    watchdog = threading.Timer(limit, overdue)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        for now, step in steps.items():  # noqa: B007 (`overdue` tells it)
+            late = time.monotonic() - began > 0.8 * seconds
+            if distributed.decide(late):
+                left = names[names.index(now) :]
+                text = f"left out after {time.monotonic() - began:.0f} s: {', '.join(left)}"
+                checks.append(Check("time", None, text))
+                say(str(checks[-1]))
+                break
+            try:
+                found = step()
+            except UserError as error:  # of the config, so the same on all processes: a mesh the devices do not make
+                found = [Check(now, False, str(error))]
+            for check in found:
+                checks.append(check)
+                say(str(check))
+    finally:
+        watchdog.cancel()
+    result = summary(checks, left, time.monotonic() - began)
+    say(json.dumps(result))
+    return 1 if result["wrong"] else LEFT_OUT if left else 0
+
+
+def summary(checks: Sequence[Check], left: Sequence[str], seconds: float) -> dict[str, Any]:
+    """The last line of a pre-flight, for scripts."""
     wrong = [check.name for check in checks if check.ok is False]
-    result = {
+    return {
         "ok": not wrong and not left,
         "wrong": wrong,
-        "left_out": left,
+        "left_out": list(left),
         "checks": {check.name: {"ok": check.ok, "found": check.found, **check.values} for check in checks},
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(seconds, 1),
     }
-    say(json.dumps(result))
-    return 1 if wrong else LEFT_OUT if left else 0
 
 
 def state_bytes(config: Any) -> int:
@@ -367,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", default="", help="the run's directory")
     parser.add_argument("--needed-bytes", type=int, default=0, help="what a device needs by the plan")
     parser.add_argument("--seconds", type=float, default=60.0, help="the time there is")
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds for a check that hangs; 0: 60, or --seconds")
     cluster.add_arguments(parser)
     try:
         rest, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
@@ -378,6 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             workdir=args.workdir,
             needed_bytes=args.needed_bytes,
             seconds=args.seconds,
+            limit=args.limit,
             environ=cluster.environment_of(args),
             log=_print,
         )

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from gpt_jax.cli import main
 from gpt_jax.config import resolve
 from gpt_jax.data.build import build_store
 from gpt_jax.data.tokenizer import ByteTokenizer
-from gpt_jax.device_checks import check_matmul, check_memory, measure_collective
+from gpt_jax.device_checks import Check, check_matmul, check_memory, measure_collective
 from gpt_jax.preflight import check_data, check_devices, odd_ones, run_preflight
 from gpt_jax.remote import Remote
 from gpt_jax.sharding import make_mesh
@@ -168,6 +169,17 @@ def test_the_time_that_there_is_is_kept_to(tmp_path):
     assert not result["ok"] and not result["wrong"] and result["left_out"][-1] == "collectives"
 
 
+def test_a_check_that_never_returns_is_named_and_ends_the_process(monkeypatch, capsys):
+    ended, codes, lines = threading.Event(), [], []
+    monkeypatch.setattr(preflight.os, "_exit", lambda code: codes.append(code) or ended.set())
+    monkeypatch.setattr(preflight, "check_processes", lambda: Check("processes", ended.wait(30), "at last"))
+    run_preflight(resolve({}), environ={}, limit=0.1, log=lines.append)
+    assert codes == [1] and lines[0].startswith("WRONG  processes            not done after 0 s on process 0 on ")
+    result = json.loads(lines[1])
+    assert result["wrong"] == ["processes"] and result["left_out"][0] == "devices" and not result["ok"]
+    assert "gpt-jax: pre-flight: processes: not done after 0 s" in capsys.readouterr().err
+
+
 def test_a_slow_device_is_named(monkeypatch):
     rates = iter([1e14] * 7 + [1e13])
     device = type("Device", (), {"platform": "tpu", "device_kind": "TPU v4"})
@@ -204,8 +216,8 @@ def test_memory_is_held_against_the_plan_or_against_the_state(tmp_path):
 def test_the_command_hands_on_what_the_plan_needs_and_the_exit_code(monkeypatch):
     given = {}
     monkeypatch.setattr(preflight, "run_preflight", lambda config, **options: given.update(options) or 3)
-    assert main(["plan", "--config=quickstart", "--here", "--needed-bytes=12", "--seconds=5"]) == 3
-    assert given["needed_bytes"] == 12 and given["seconds"] == 5
+    assert main(["plan", "--config=quickstart", "--here", "--needed-bytes=12", "--seconds=5", "--limit=9"]) == 3
+    assert given["needed_bytes"] == 12 and given["seconds"] == 5 and given["limit"] == 9
 
 
 def test_the_mesh_is_the_one_of_the_run(tmp_path, monkeypatch):
