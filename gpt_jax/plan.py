@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=float,
         default=0.0,
-        metavar="S",
-        help="--here: seconds for a check that hangs; 0: 60, or --seconds",
+        metavar="SECONDS",
+        help="--here: when to end in the midst of a check that hangs; 0: after 60, or --seconds if that is more",
     )
     cluster.add_arguments(parser)
     parser.add_argument("--max-batch", action="store_true", help="search the largest batch that fits")

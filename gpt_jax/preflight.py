@@ -46,8 +46,9 @@ def run_preflight(
     Args:
       config: a resolved Config: its mesh, data and `distributed.*` say what is expected.
       workdir: written to and read from, if given. needed_bytes: what a device needs by the plan; 0 asks for the size of
-        parameters, gradient and moments alone. seconds: the time there is; no check begins late in it. limit: seconds
-        from when all have joined after which the process ends in the midst of a check; 0: the larger of 60 and `seconds`.
+        parameters, gradient and moments alone. seconds: the time there is; no check begins late in it.
+      limit: seconds, from when all have joined, after which the process ends in the midst of a check that hangs; 0: 60,
+        or `seconds` if that is more.
       environ: where the job is described; None is this process's. log: takes the lines of process 0.
 
     Returns:
@@ -94,7 +95,7 @@ def run_preflight(
     def overdue() -> None:
         """What never returns (a collective whose other end is gone, a device in use) ends here, and is named."""
         where = f"process {place.index if place else 0} on {platform.node()!r}"
-        check = Check(now, False, f"not done after {limit:.0f} s on {where}, which ends")
+        check = Check(now, False, f"not done after {limit:g} s on {where}, which ends")
         print(f"gpt-jax: pre-flight: {check.name}: {check.found}.", file=sys.stderr)
         say(str(check))
         say(json.dumps(summary([*checks, check], names[names.index(now) + 1 :], time.monotonic() - began)))
@@ -106,7 +107,7 @@ def run_preflight(
     watchdog.daemon = True
     watchdog.start()
     try:
-        for now, step in steps.items():  # noqa: B007 (`overdue` tells it)
+        for now, step in steps.items():
             late = time.monotonic() - began > 0.8 * seconds
             if distributed.decide(late):
                 left = names[names.index(now) :]

@@ -174,10 +174,10 @@ def test_a_check_that_never_returns_is_named_and_ends_the_process(monkeypatch, c
     monkeypatch.setattr(preflight.os, "_exit", lambda code: codes.append(code) or ended.set())
     monkeypatch.setattr(preflight, "check_processes", lambda: Check("processes", ended.wait(30), "at last"))
     run_preflight(resolve({}), environ={}, limit=0.1, log=lines.append)
-    assert codes == [1] and lines[0].startswith("WRONG  processes            not done after 0 s on process 0 on ")
+    assert codes == [1] and lines[0].startswith("WRONG  processes            not done after 0.1 s on process 0 on ")
     result = json.loads(lines[1])
     assert result["wrong"] == ["processes"] and result["left_out"][0] == "devices" and not result["ok"]
-    assert "gpt-jax: pre-flight: processes: not done after 0 s" in capsys.readouterr().err
+    assert "gpt-jax: pre-flight: processes: not done after 0.1 s" in capsys.readouterr().err
 
 
 def test_a_slow_device_is_named(monkeypatch):
