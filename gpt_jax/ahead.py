@@ -18,18 +18,17 @@ import jax
 from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import Config
 from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
+from gpt_jax.data.prepare import tasks_of
 from gpt_jax.errors import UserError
 from gpt_jax.flops import count_flops
 from gpt_jax.hlo import Collective, read_program
-from gpt_jax.objectives.base import Setting, build_objective
+from gpt_jax.objectives.base import Host, Setting, build_objective, rows_of
 from gpt_jax.presets import GPT2_VOCAB
 from gpt_jax.run import check_rows, fill_in, make_step, mesh_of
 from gpt_jax.sharding import path_name, replicated_bytes
 from gpt_jax.step import TrainStep
 from gpt_jax.throughput import model_flops_per_token
 from gpt_jax.topologies import Machine
-
-USABLE = 0.92  # of a chip's memory: the rest is the runtime's, and fragments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +67,14 @@ class Compiled:
         return self.state_bytes + self.temporary_bytes
 
     @property
+    def shards(self) -> int:
+        """Pieces that a batch is cut into by rows; the chips of the tensor and sequence axes share one."""
+        return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
     def rows(self) -> int:
         """Sequences of a (micro-)batch on one shard of it."""
-        return self.config.batch_size // (self.config.microbatches * self.mesh["data"] * self.mesh["fsdp"])
+        return self.config.batch_size // (self.config.microbatches * self.shards)
 
 
 def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
@@ -94,13 +98,16 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
         _check_cudnn(config, machine.chip.name)
         # cuDNN's kernels cannot be chosen without a GPU; these need about the memory that they do.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunks"))
-    specials = config.data.tokenizer.specials
+    names = config.data.tokenizer.specials
+    specials = {name: config.model.vocab_size - len(names) + i for i, name in enumerate(names)}
+    rows = rows_of(config.objective, Host(specials, config.context_length, config.batch_size))
     setting = Setting(
         model=config.model,
-        specials={name: config.model.vocab_size - len(specials) + i for i, name in enumerate(specials)},
+        specials=specials,
         steps=config.steps,
         batch_size=config.batch_size,
         context_length=config.context_length,
+        tasks=tasks_of(config.data, rows),
     )
     objective = build_objective(config.objective, setting)
     spec = objective.batch_spec(config.batch_size, config.context_length)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from gpt_jax import cluster
 from gpt_jax.distributed import fingerprint, initialize, is_first, leave, leave_if_several
 from gpt_jax.errors import UserError, nearest
+from gpt_jax.remote import refuse_url
 
 COMMANDS = {
     "data": "train a tokenizer, build a token store, show statistics and rows",
@@ -160,7 +161,9 @@ def use_compilation_cache() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        root = pathlib.Path(os.environ.get("GPT_JAX_CACHE") or "~/.cache/gpt_jax").expanduser()
+        folder = os.environ.get("GPT_JAX_CACHE") or "~/.cache/gpt_jax"
+        refuse_url(folder, "GPT_JAX_CACHE", "each host has a cache of its own")
+        root = pathlib.Path(folder).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -16,6 +16,11 @@ from typing import Any
 from gpt_jax.errors import UserError, choose
 
 XLA, LIBTPU = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
+ENVIRONMENT = "environment"  # where a variable of its own stands, not a flag within one
+USABLE = 0.92  # of a chip's memory, as a plan counts: the rest is the runtime's, and fragments
+
+# jaxlib reads both and refuses two that are set; the second is the older name.
+_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,8 @@ class Flag:
     """A flag of the compiler.
 
     Attributes:
-      backend: cpu | gpu | tpu. where: the environment variable that holds it; on CPU the program it goes with.
+      backend: cpu | gpu | tpu. where: the environment variable that holds it, or ENVIRONMENT if it is one; on CPU the
+        program it goes with.
       name, value: without the leading '--'. why: what it is for.
     """
 
@@ -46,6 +52,7 @@ TABLE = (
     Flag("gpu", XLA, "xla_gpu_all_gather_combine_threshold_bytes", "134217728", "few large messages, not many small"),
     Flag("gpu", XLA, "xla_gpu_reduce_scatter_combine_threshold_bytes", "134217728", "as above"),
     Flag("gpu", XLA, "xla_gpu_all_reduce_combine_threshold_bytes", "134217728", "as above"),
+    Flag("gpu", ENVIRONMENT, _FRACTION[0], USABLE, "the memory that a plan counts on; JAX takes 75% by itself"),
     # TPU: the same, in libtpu's words.
     Flag("tpu", LIBTPU, "xla_tpu_enable_async_collective_fusion", "true", "collectives run beside computation"),
     Flag("tpu", LIBTPU, "xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "all-gathers too (FSDP)"),
@@ -84,7 +91,7 @@ def flags_for(backend: str, preset: str = "default", extra: Sequence[str] = ()) 
     out: dict[str, dict[str, str]] = {}
     if preset == "default":
         for flag in TABLE:
-            if flag.backend == backend != "cpu":
+            if flag.backend == backend and flag.where in (XLA, LIBTPU):
                 out.setdefault(flag.where, {})[flag.name] = f"--{flag.name}={flag.value}"
     for text in extra:
         found = re.fullmatch(r"--(\w+)=\S*", text)
@@ -124,14 +131,18 @@ def apply_flags(
       preset, extra: see `flags_for`. environ: None is this process's. backend: None finds out.
 
     Returns:
-      The flags that were added.
+      The flags and variables ('NAME=value') that were added.
     """
     environ = os.environ if environ is None else environ
-    added = []
-    for variable, flags in flags_for(backend or backend_here(environ), preset, extra).items():
+    backend, added = backend or backend_here(environ), []
+    for variable, flags in flags_for(backend, preset, extra).items():
         there = environ.get(variable, "")
         named = {word.split("=")[0] for word in there.split()}
         new = [flag for flag in flags if flag.split("=")[0] not in named]
         environ[variable] = " ".join([there, *new]).strip()
         added += new
+    for flag in TABLE if preset == "default" else ():
+        if (flag.backend, flag.where) == (backend, ENVIRONMENT) and not any(environ.get(name) for name in _FRACTION):
+            environ[flag.name] = str(flag.value)
+            added.append(f"{flag.name}={flag.value}")
     return added

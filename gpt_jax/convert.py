@@ -96,6 +96,7 @@ def from_hf(
     Raises:
       UserError: what the folder holds is not supported, named; the run directory holds a run already.
     """
+    refuse_url(folder, "--from-hf", "copy the model's folder to a disk")
     refuse_url(workdir, "--workdir of an import", "import into a folder, then copy it to the bucket")
     folder = pathlib.Path(folder)
     tree = _read_config(folder)
@@ -275,6 +276,7 @@ def to_hf(
     choose("--dtype", dtype, _DTYPES)
     if jax.process_count() > 1:
         raise UserError("convert --to-hf runs in one process.")
+    refuse_url(folder, "--to-hf", "export to a folder, then copy it to the bucket")
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to-hf is {str(folder)!r}, which is not an empty folder.")

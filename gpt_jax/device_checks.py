@@ -10,7 +10,7 @@ import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpt_jax import distributed
@@ -18,6 +18,7 @@ from gpt_jax import distributed
 _SLOW = 0.8  # of the median rate: an accelerator below this is said to be slow
 _FAR = 0.5  # of the published peak, for the same
 _MIB = 1 << 20
+_GATHERED = 1 << 30  # bytes at most that an all-gather leaves on a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,12 @@ def check_matmul() -> Check:
 
     devices = jax.local_devices()
     on_cpu = devices[0].platform == "cpu"
-    mine = [matmul_rate(device, 256 if on_cpu else 8192) for device in devices]
-    found = distributed.gather([platform.node(), mine])
+    mine, problem = attempt(lambda: [matmul_rate(device, 256 if on_cpu else 8192) for device in devices])
+    found = distributed.gather([platform.node(), mine, problem])
+    failed = failures([(host, problem) for host, _, problem in found])
+    if failed:
+        return Check("matmul", False, failed)
+    found = [(host, those) for host, those, _ in found]
     rates = [rate for _, those in found for rate in those]
     middle, peak = statistics.median(rates), peak_flops(devices[0].device_kind)
     text = f"{min(rates) / 1e12:,.3g} to {max(rates) / 1e12:,.3g} TFLOP/s a device"
@@ -108,6 +113,23 @@ def check_matmul() -> Check:
         if rate < _SLOW * middle or (peak and rate < _FAR * peak)
     ]
     return Check("matmul", not slow, f"{text}; slow: {', '.join(slow[:4])}" if slow else text, values)
+
+
+def attempt(measure: Callable[[], Any]) -> tuple[Any, str]:
+    """Returns (what `measure` does, ''), or (None, what the runtime refuses it with: no memory, a broken device)."""
+    import jax
+
+    try:
+        return measure(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if distributed.several() and distributed.is_lost(error):
+            raise  # another process's end, which is told as such
+        return None, " ".join(str(error).split())[:200]
+
+
+def failures(problems: Sequence[tuple[str, str]]) -> str:
+    """Returns a sentence on the processes, given as (host, problem) by process, that have one; '' if none has."""
+    return "; ".join(f"process {k} on {host!r}: {problem}" for k, (host, problem) in enumerate(problems) if problem)
 
 
 def matmul_rate(device: Any, size: int, repeats: int = 5) -> float:
@@ -136,11 +158,17 @@ def check_collectives(mesh: Any) -> list[Check]:
     return out
 
 
+def collective_size(platform: str, kind: str, ways: int) -> int:
+    """Bytes per device to measure with: 1 MiB on CPU, 64 MiB elsewhere, less where many devices would gather it all."""
+    size = _MIB if platform == "cpu" else 64 * _MIB
+    return min(size, _GATHERED // ways // 4 * 4) if kind == "all-gather" else size
+
+
 def measure_collective(mesh: Any, axis: str, kind: str, size: int = 0, repeats: int = 5) -> Check:
     """Runs a collective along a mesh axis, every device with its own number, and checks what each one got.
 
     Args:
-      size: bytes per device; 0 is 1 MiB on CPU and 64 MiB elsewhere.
+      size: bytes per device; 0 is `collective_size`.
 
     Returns:
       A Check with the bus bandwidth per device: bytes that a ring sends, 2 (n - 1) / n of the result of an all-reduce
@@ -152,7 +180,7 @@ def measure_collective(mesh: Any, axis: str, kind: str, size: int = 0, repeats: 
     from jax.sharding import NamedSharding, PartitionSpec
 
     ways, shape = mesh.shape[axis], tuple(mesh.shape.values())
-    size = size or (_MIB if mesh.devices.flat[0].platform == "cpu" else 64 * _MIB)
+    size = size or collective_size(mesh.devices.flat[0].platform, kind, ways)
     spec = PartitionSpec(*mesh.axis_names, None)
     sharding = NamedSharding(mesh, spec)
     numbers = np.arange(mesh.size, dtype=np.float32).reshape(shape)
@@ -160,7 +188,6 @@ def measure_collective(mesh: Any, axis: str, kind: str, size: int = 0, repeats: 
     def local(index: tuple[slice, ...]) -> np.ndarray:
         return np.broadcast_to(numbers[index[:-1]][..., None], (*(1,) * len(shape), size // 4))
 
-    x = jax.make_array_from_callback((*shape, size // 4), sharding, local)
     along = mesh.axis_names.index(axis)
 
     def collective(block: jax.Array) -> jax.Array:
@@ -170,19 +197,29 @@ def measure_collective(mesh: Any, axis: str, kind: str, size: int = 0, repeats: 
 
     run = jax.jit(jax.shard_map(collective, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
     expected = np.broadcast_to(numbers.sum(along, keepdims=True), shape)
-    result = run(x)
-    right = all(np.all(np.asarray(s.data) == expected[s.index[:-1]][..., None]) for s in result.addressable_shards)
-    best = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    found = distributed.gather([platform.node(), bool(right), best])
+
+    def measure() -> list[Any]:
+        x = jax.make_array_from_callback((*shape, size // 4), sharding, local)
+        result = run(x)
+        right = all(np.all(np.asarray(s.data) == expected[s.index[:-1]][..., None]) for s in result.addressable_shards)
+        best = math.inf
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run(x).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+        return [bool(right), best]
+
+    mine, problem = attempt(measure)
+    found = distributed.gather([platform.node(), problem, *(mine or (False, math.inf))])
+    failed = failures([entry[:2] for entry in found])
+    if failed:
+        return Check(f"{kind} {axis}", False, failed)
+    found = [(host, right, best) for host, _, right, best in found]
     wrong = [f"process {k} on {host!r}" for k, (host, ok, _) in enumerate(found) if not ok]
     slowest = max(entry[2] for entry in found)
     sent = size * (2 * (ways - 1) / ways if kind == "all-reduce" else (ways - 1))
     rate = sent / slowest / 1e9
-    text = f"{rate:.3g} GB/s a device, {ways} devices, {size // _MIB} MiB each"
+    text = f"{rate:.3g} GB/s a device, {ways} devices, {size / _MIB:.3g} MiB each"
     if wrong:
         text = f"wrong numbers on {', '.join(wrong)}"
     return Check(f"{kind} {axis}", not wrong, text, {"gb_per_s": round(rate, 4), "bytes": size})

@@ -27,6 +27,7 @@ from typing import IO
 
 from gpt_jax.cluster import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from gpt_jax.errors import UserError
+from gpt_jax.remote import refuse_url
 
 RETRY = 75  # EX_TEMPFAIL
 _LAST_WORDS = 2.0  # seconds for the output of processes that have ended
@@ -342,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("no command: python -m gpt_jax.launch --processes N -- gpt-jax train ....")
         if args.processes < 1 or args.restarts < 0:
             raise UserError(f"--processes is {args.processes}, --restarts {args.restarts}; at least 1 and 0.")
+        refuse_url(args.logs, "--logs", "write to a folder, then copy it to the bucket")
         with hold(args.alone) if args.alone else contextlib.nullcontext():
             return launch(
                 command, processes=args.processes, restarts=args.restarts, logs=args.logs or None, environ=environ

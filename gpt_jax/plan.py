@@ -16,7 +16,8 @@ from typing import Any
 
 from gpt_jax import cluster
 from gpt_jax import config as configs
-from gpt_jax.ahead import USABLE, Compiled, compile_step
+from gpt_jax.ahead import Compiled, compile_step
+from gpt_jax.compiler_flags import USABLE
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import totals
@@ -52,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="--here: what a device needs (hbm_bytes_per_chip of a plan)",
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="--here: the time there is")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="--here: when to end in the midst of a check that hangs; 0: after 60, or --seconds if that is more",
+    )
     cluster.add_arguments(parser)
     parser.add_argument("--max-batch", action="store_true", help="search the largest batch that fits")
     parser.add_argument("--no-advice", action="store_true", help="do not search what would fit when this does not")
@@ -66,7 +74,12 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
         environ = cluster.environment_of(args)
         return run_preflight(
-            config, workdir=args.workdir, needed_bytes=args.needed_bytes, seconds=args.seconds, environ=environ
+            config,
+            workdir=args.workdir,
+            needed_bytes=args.needed_bytes,
+            seconds=args.seconds,
+            limit=args.limit,
+            environ=environ,
         )
     machine = machine_of(args.topology, args.devices, config)
     say = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
@@ -82,8 +95,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         for line in result["advice"] or ["nothing tried does: take a larger machine"]:
             say(f"  {line}")
     if args.max_batch:
-        result["max_batch_per_chip"] = max_batch(compiled, machine)
-        say(f"largest batch that fits: {result['max_batch_per_chip']} sequences a shard and micro-batch")
+        result["max_batch_per_shard"] = max_batch(compiled, machine)
+        say(f"largest batch that fits: {result['max_batch_per_shard']} sequences a shard and micro-batch")
     print(json.dumps(result))
     return 0
 
@@ -139,7 +152,10 @@ def mfu_bound(compiled: Compiled, machine: Machine) -> float | None:
 
 
 def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
-    """What the command prints as JSON. Bytes are those of one chip and step; FLOPs those of all chips."""
+    """What the command prints as JSON. Bytes are those of one chip and step; FLOPs those of all chips.
+
+    A batch per shard is the sequences of a micro-batch on one of the `shards` it is cut into (axes data and fsdp).
+    """
     return {
         "config": compiled.config.name,
         "topology": machine.name,
@@ -164,8 +180,9 @@ def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         "roofline_s": roofline(compiled, machine),
         "mfu_bound": mfu_bound(compiled, machine),
         "stand_in": compiled.stand_in,
-        "batch_per_chip": compiled.rows,
-        "max_batch_per_chip": None,
+        "shards": compiled.shards,
+        "batch_per_shard": compiled.rows,
+        "max_batch_per_shard": None,
         "compile_s": round(compiled.compile_s, 1),
     }
 
@@ -298,8 +315,8 @@ def batches(compiled: Compiled) -> Iterator[tuple[str, Config]]:
 
 def with_rows(compiled: Compiled, rows: int) -> Config:
     """The same config with another number of sequences a shard."""
-    config, mesh = compiled.config, compiled.mesh
-    size = rows * config.microbatches * mesh["data"] * mesh["fsdp"]
+    config = compiled.config
+    size = rows * config.microbatches * compiled.shards
     return dataclasses.replace(
         config, batch_size=size, batch_schedule=(), eval=dataclasses.replace(config.eval, batch_size=0)
     )

@@ -3,7 +3,7 @@
     code = run_preflight(config, workdir="runs/x")          # `gpt-jax plan --here`, one process per host
 
 Every process checks its own part and all hear of all: what is wrong is said once, with the process and the host that
-is odd. Under a minute: what does not fit into the time is left out and said so.
+is odd. Under a minute: what does not fit into the time is left out and said so, and what never returns is ended.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.remote import Remote, has_scheme, is_url, run_folder
 
 _MIB = 1 << 20
+_READ = 8 * _MIB  # of an object, to see how fast that goes
 LEFT_OUT = 3  # exit code: nothing is wrong as far as was looked, but the time did not suffice for all checks
 
 
@@ -35,6 +37,7 @@ def run_preflight(
     workdir: str = "",
     needed_bytes: int = 0,
     seconds: float = 60.0,
+    limit: float = 0.0,
     environ: Mapping[str, str] | None = None,
     log: Callable[[str], None] = print,
 ) -> int:
@@ -43,12 +46,14 @@ def run_preflight(
     Args:
       config: a resolved Config: its mesh, data and `distributed.*` say what is expected.
       workdir: written to and read from, if given. needed_bytes: what a device needs by the plan; 0 asks for the size of
-        parameters, gradient and moments alone. seconds: the time there is.
+        parameters, gradient and moments alone. seconds: the time there is; no check begins late in it.
+      limit: seconds, from when all have joined, after which the process ends in the midst of a check that hangs; 0: 60,
+        or `seconds` if that is more.
       environ: where the job is described; None is this process's. log: takes the lines of process 0.
 
     Returns:
       0 if all is well, 1 if anything is wrong, `LEFT_OUT` if nothing is but checks were left out for want of time: each
-      is a line. The last line that process 0 logs is JSON.
+      is a line. The last line that process 0 logs is JSON. A process that ends at `limit` does so with 1.
 
     Raises:
       Unavailable: processes are missing. UserError: code, versions or config differ between processes.
@@ -60,13 +65,13 @@ def run_preflight(
 
     began = time.monotonic()
     apply_flags(config.compiler.flags, config.compiler.extra)
-    distributed.initialize(
+    place = distributed.initialize(
         environ,
         heartbeat_seconds=config.distributed.heartbeat_seconds,
         join_seconds=min(config.distributed.join_seconds, seconds),
         facts={"the config": distributed.fingerprint(configs.to_dict(config)), "--workdir": workdir},
     )
-    say = distributed.said_once(log)
+    say = log if place is None or place.index == 0 else (lambda line: None)  # asks no device, which may hang
     steps: dict[str, Callable[[], list[Check]]] = {
         "processes": lambda: [check_processes()],
         "devices": lambda: check_devices(config.distributed.devices, config.distributed.device_kind),
@@ -83,31 +88,57 @@ def run_preflight(
     }
     checks: list[Check] = []
     left: list[str] = []
-    for name, step in steps.items():
-        late = time.monotonic() - began > 0.8 * seconds
-        if distributed.decide(late):
-            left = list(steps)[list(steps).index(name) :]
-            text = f"left out after {time.monotonic() - began:.0f} s: {', '.join(left)}"
-            checks.append(Check("time", None, text))
-            say(str(checks[-1]))
-            break
-        try:
-            found = step()
-        except UserError as error:  # of the config, so the same on every process: a mesh that the devices do not make
-            found = [Check(name, False, str(error))]
-        for check in found:
-            checks.append(check)
-            say(str(check))
+    limit = limit or max(60.0, seconds)
+    names = list(steps)
+    now = names[0]
+
+    def overdue() -> None:
+        """What never returns (a collective whose other end is gone, a device in use) ends here, and is named."""
+        where = f"process {place.index if place else 0} on {platform.node()!r}"
+        check = Check(now, False, f"not done after {limit:g} s on {where}, which ends")
+        print(f"gpt-jax: pre-flight: {check.name}: {check.found}.", file=sys.stderr)
+        say(str(check))
+        say(json.dumps(summary([*checks, check], names[names.index(now) + 1 :], time.monotonic() - began)))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    watchdog = threading.Timer(limit, overdue)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        for now, step in steps.items():
+            late = time.monotonic() - began > 0.8 * seconds
+            if distributed.decide(late):
+                left = names[names.index(now) :]
+                text = f"left out after {time.monotonic() - began:.0f} s: {', '.join(left)}"
+                checks.append(Check("time", None, text))
+                say(str(checks[-1]))
+                break
+            try:
+                found = step()
+            except UserError as error:  # of the config, so the same on all processes: a mesh the devices do not make
+                found = [Check(now, False, str(error))]
+            for check in found:
+                checks.append(check)
+                say(str(check))
+    finally:
+        watchdog.cancel()
+    result = summary(checks, left, time.monotonic() - began)
+    say(json.dumps(result))
+    return 1 if result["wrong"] else LEFT_OUT if left else 0
+
+
+def summary(checks: Sequence[Check], left: Sequence[str], seconds: float) -> dict[str, Any]:
+    """The last line of a pre-flight, for scripts."""
     wrong = [check.name for check in checks if check.ok is False]
-    result = {
+    return {
         "ok": not wrong and not left,
         "wrong": wrong,
-        "left_out": left,
+        "left_out": list(left),
         "checks": {check.name: {"ok": check.ok, "found": check.found, **check.values} for check in checks},
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(seconds, 1),
     }
-    say(json.dumps(result))
-    return 1 if wrong else LEFT_OUT if left else 0
 
 
 def state_bytes(config: Any) -> int:
@@ -177,8 +208,9 @@ def parts_of(objective: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def check_data(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> Check:
     """The files of the data config: on every host, and the same (name, size, and a hash of both ends of each)."""
+    rates: list[float] = []
     try:
-        mine: Any = data_files(data, parts)
+        mine: Any = data_files(data, parts, rates)
         problem = ""
     except UserError as error:
         mine, problem = [], str(error)
@@ -190,19 +222,32 @@ def check_data(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> Check:
     if odd:
         named = ", ".join(f"process {k} on {found[k][0]!r}" for k in odd)
         return Check("data", False, f"the files of {named} are not those of the others")
-    size = sum(entry[1] for entry in mine)
+    size = sum(entry[1] or 0 for entry in mine)
     text = f"{len(mine)} files, {size / _MIB:,.1f} MiB, the same on all" if mine else "embedded corpus"
-    return Check("data", True, text, {"files": len(mine), "bytes": size})
+    values = {"files": len(mine), "bytes": size}
+    unknown = sum(entry[1] is None for entry in mine)
+    text += f" ({unknown} of unknown size not counted)" * bool(unknown)
+    told = [rate for rate in distributed.gather(min(rates, default=None)) if rate is not None]
+    if told:
+        rate = min(told)
+        text += f"; a store read at {rate:,.0f} MiB/s by the slowest process"
+        values["read_mib_per_s"] = round(rate, 1)
+    return Check("data", True, text, values)
 
 
-def data_files(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, int, str]]:
+def data_files(
+    data: Any, parts: Sequence[Mapping[str, Any]] = (), rates: list[float] | None = None
+) -> list[tuple[str, int | None, str]]:
     """(name, bytes, hash of the first and last MiB) of each file that a run reads; raises UserError.
+
+    Of an object in an object store not more than 8 MiB are read: its size is not known, and the hash is of its end.
 
     Args:
       data: the data config: its paths, and those of the tasks it names. parts: what an objective's parts set otherwise.
+      rates: takes the MiB/s of each read from an object store, short ones left out.
     """
-    from gpt_jax.data.readers import expand_paths, expand_variables
-    from gpt_jax.data.store import MANIFEST, is_store
+    from gpt_jax.data.readers import expand_paths, expand_variables, refuse_globs
+    from gpt_jax.data.store import is_store
     from gpt_jax.tasks.base import task_paths
 
     named = [data.path, data.valid_path, *(s.get("path", "") for s in data.sources)]
@@ -213,15 +258,18 @@ def data_files(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> list[tuple
     ]:
         for task in tasks:
             named += task_paths(task, ("train", split))
-    patterns = list(dict.fromkeys(text for text in named if text))
-    out = []
-    for pattern in patterns:
-        if is_url(pattern) and is_store(pattern):
-            manifest = Remote(pattern).read(MANIFEST) or b""
-            size = sum(entry["size"] for entry in json.loads(manifest)["files"].values())
-            out.append((MANIFEST, size, hashlib.sha256(manifest).hexdigest()[:16]))
+    expanded = [expand_variables(text) for text in named if text]
+    patterns = [part.strip() for text in expanded for part in (text.split(",") if "://" in text else [text])]
+    out: list[tuple[str, int | None, str]] = []
+    for pattern in dict.fromkeys(patterns):
+        if is_url(pattern):
+            refuse_globs(pattern)
+            entry, rate = look_at_store(pattern) if is_store(pattern) else look_at_object(pattern)
+            out.append(entry)
+            if rates is not None and rate is not None:
+                rates.append(rate)
             continue
-        folder = pathlib.Path(expand_variables(pattern))  # a token store
+        folder = pathlib.Path(pattern)  # a token store
         paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else expand_paths(pattern)
         for file in paths:
             size = file.stat().st_size
@@ -233,7 +281,47 @@ def data_files(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> list[tuple
     return out
 
 
-def check_folder(name: str, folder: str, *, shared: bool, size: int = 8 * _MIB) -> Check:
+def look_at_store(url: str) -> tuple[tuple[str, int, str], float | None]:
+    """Returns ((name, bytes, hash) of a token store's manifest, MiB/s of a read of its tokens, None of a short one)."""
+    from gpt_jax.data.store import MANIFEST
+
+    remote = Remote(url)
+    manifest = remote.read(MANIFEST) or b""
+    try:
+        sizes = {name: entry["size"] for name, entry in json.loads(manifest)["files"].items()}
+        name = max(sizes, key=sizes.get)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"the token store at {url!r} is damaged: {MANIFEST} does not name its files.") from None
+    start = time.perf_counter()
+    data = remote.read(name, 0, min(sizes[name], _READ))
+    seconds = time.perf_counter() - start
+    if data is None:
+        raise UserError(f"the token store at {url!r} is damaged: {name} is missing.")
+    return (MANIFEST, sum(sizes.values()), hashlib.sha256(manifest).hexdigest()[:16]), _rate_if_long(data, seconds)
+
+
+def look_at_object(url: str) -> tuple[tuple[str, int | None, str], float | None]:
+    """Returns ((name, bytes if they are few, hash of the end) of an object, MiB/s of the read, None of a short one)."""
+    folder, _, name = url.rpartition("/")
+    remote = Remote(folder)
+    start = time.perf_counter()
+    data = remote.read_end(name, _READ)
+    seconds = time.perf_counter() - start
+    if data is None:
+        raise UserError(f"data path {url!r}: no such object.")
+    size = len(data) if len(data) < _READ else None
+    return (name, size, hashlib.sha256(data).hexdigest()[:16]), _rate_if_long(data, seconds)
+
+
+def _rate_if_long(data: bytes, seconds: float) -> float | None:
+    return _rate(len(data), seconds) if len(data) == _READ else None  # of a short read it would be the latency
+
+
+def _rate(size: int, seconds: float) -> float:
+    return size / _MIB / max(seconds, 1e-9)
+
+
+def check_folder(name: str, folder: str, *, shared: bool, size: int = _READ) -> Check:
     """Writes to a folder, reads it back, on every process; `shared`: and looks whether all see the same folder."""
     problem, rates = "", [0.0, 0.0]
     try:
@@ -286,7 +374,7 @@ def write_and_read(folder: str, size: int) -> list[float]:
         remove()
     if not same:
         raise ValueError("a file came back other than it was written")
-    return [size / _MIB / max(wrote - start, 1e-9), size / _MIB / max(done - wrote, 1e-9)]
+    return [_rate(size, wrote - start), _rate(size, done - wrote)]
 
 
 def _write_through(path: pathlib.Path, data: bytes) -> None:
@@ -309,6 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", default="", help="the run's directory")
     parser.add_argument("--needed-bytes", type=int, default=0, help="what a device needs by the plan")
     parser.add_argument("--seconds", type=float, default=60.0, help="the time there is")
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds for a check that hangs; 0: 60, or --seconds")
     cluster.add_arguments(parser)
     try:
         rest, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
@@ -320,6 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             workdir=args.workdir,
             needed_bytes=args.needed_bytes,
             seconds=args.seconds,
+            limit=args.limit,
             environ=cluster.environment_of(args),
             log=_print,
         )

@@ -107,6 +107,15 @@ class Remote:
         result = self._do(key, self._store.read, key, **piece)
         return bytes(result.value) if result.state == "value" else None
 
+    def read_end(self, key: str, size: int) -> bytes | None:
+        """Returns the last `size` bytes of an object, all of a smaller one; None if there is no such object."""
+        try:
+            return self.read(key, -size)
+        except UserError as error:
+            if "OUT_OF_RANGE" not in str(error):
+                raise
+        return self.read(key)
+
     def write(self, key: str, data: bytes) -> None:
         self._do(key, self._store.write, key, data)
 

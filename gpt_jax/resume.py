@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,10 +12,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gpt_jax import distributed
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.checkpoint_folder import DoesNotFit
 from gpt_jax.data.batches import BatchOrder
-from gpt_jax.errors import UserError
+from gpt_jax.errors import Unavailable, UserError
+
+
+def agreed_latest(checkpointer: Checkpointer, seconds: float = 60.0) -> int | None:
+    """Returns the newest checkpoint that process 0 sees, once all processes see it; None if it sees none.
+
+    A network file system may show what another host has written late, just after a restart: `seconds` are waited.
+
+    Raises:
+      Unavailable: on every process, if one does not see that checkpoint in time.
+    """
+    latest = distributed.gather(checkpointer.latest())[0]
+    if latest is None:
+        return None
+    end = time.monotonic() + seconds
+    while not (seen := latest in checkpointer.all_steps()) and time.monotonic() < end:
+        time.sleep(0.2)
+    found = distributed.gather([platform.node(), seen])
+    for k, (host, there) in enumerate(found):
+        if not there:
+            raise Unavailable(
+                f"process {k} on {host!r} does not see the checkpoint of step {latest} in "
+                f"{str(checkpointer.directory)!r} that process 0 on {found[0][0]!r} sees."
+            )
+    return latest
 
 
 def continued_state(

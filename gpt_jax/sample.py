@@ -16,6 +16,7 @@ from gpt_jax.errors import UserError, choose
 from gpt_jax.generation import MAX_ROWS, batches_by_length, check_prompts, stream_batch
 from gpt_jax.loading import Loaded, load
 from gpt_jax.objectives.base import objective_class
+from gpt_jax.remote import refuse_url
 from gpt_jax.sampling import Sampling
 
 _CHUNK = 8  # tokens between two looks at the stop strings and the terminal
@@ -93,6 +94,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         raise UserError("--choice goes without --logprobs: it prints the probability of each choice.")
     if args.logprobs and not args.json:
         raise UserError("--logprobs is for --json; --html shows them on a page.")
+    refuse_url(args.html, "--html", "write the page to a folder, then copy it to the bucket")
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompts_file)
     run = load(args.workdir, step=args.step, weights=args.weights)
     objective = run.config.objective["name"]

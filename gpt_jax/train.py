@@ -30,7 +30,7 @@ from gpt_jax.profiling import Startup, Trace
 from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
-from gpt_jax.resume import check_skip, continued_state
+from gpt_jax.resume import agreed_latest, check_skip, continued_state
 from gpt_jax.run import Run, build_run, placements
 from gpt_jax.sharding import path_name
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
@@ -220,7 +220,7 @@ def first_state(
     run: Run, checkpointer: Checkpointer, changed: Iterable[str], log: Callable[[str], None]
 ) -> tuple[TrainState, int]:
     """Restores the newest checkpoint of the run, or makes a fresh state, perhaps from another run's weights."""
-    latest = checkpointer.latest()
+    latest = agreed_latest(checkpointer)
     abstract = run.step.abstract_state
     if latest is not None:
         state = continued_state(

@@ -82,7 +82,7 @@ def table(results: dict[tuple[str, str], dict]) -> str:
         pieces = r["keys"].partition("microbatches=")[2].split(" ")[0] or "1"
         lines.append(
             f"| {config} ({r['params'] / 1e9:.3g}B) | {topology} | {r['chips']:,} "
-            f"| {r['mesh']['fsdp']} x {r['mesh']['tensor']} | {pieces} x {r['batch_per_chip']} "
+            f"| {r['mesh']['fsdp']} x {r['mesh']['tensor']} | {pieces} x {r['batch_per_shard']} "
             f"| {r['state_bytes_per_chip'] / gib:.2f} + {r['temporary_bytes_per_chip'] / gib:.2f} = "
             f"{r['hbm_bytes_per_chip'] / gib:.1f} of {r['hbm_capacity_bytes'] / gib:.1f} "
             f"| {'yes' if r['fits'] else '**no**'} | {r['collective_bytes'] / 1e9:,.1f} | {times} "

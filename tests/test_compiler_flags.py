@@ -6,8 +6,19 @@ import subprocess
 import sys
 
 import pytest
+from jaxlib import xla_client
 
-from gpt_jax.compiler_flags import LIBTPU, TABLE, XLA, apply_flags, backend_here, compile_options, flags_for, options
+from gpt_jax.compiler_flags import (
+    LIBTPU,
+    TABLE,
+    USABLE,
+    XLA,
+    apply_flags,
+    backend_here,
+    compile_options,
+    flags_for,
+    options,
+)
 from gpt_jax.errors import UserError
 
 
@@ -17,6 +28,23 @@ def test_flags_that_the_environment_names_are_left_as_they_are():
     assert environ[XLA].startswith("--xla_gpu_enable_pipelined_all_gather=false --xla_dump_to=/tmp/x --xla_gpu_")
     assert environ[XLA].count("pipelined_all_gather") == 1 and "--xla_gpu_enable_latency_hiding_scheduler=true" in added
     assert apply_flags(environ=environ, backend="gpu") == []  # twice changes nothing
+
+
+def test_a_run_on_a_gpu_has_the_memory_that_a_plan_counts_on_unless_told_otherwise(monkeypatch):
+    environ = {}
+    assert apply_flags("none", environ=environ, backend="gpu") == [] == apply_flags(environ=environ, backend="cpu")
+    assert environ == {}
+    assert apply_flags(environ=environ, backend="gpu")[-1] == f"XLA_CLIENT_MEM_FRACTION={USABLE}"
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # jaxlib refuses two that are set
+        own = {name: "0.5"}
+        apply_flags(environ=own, backend="gpu")
+        assert {key: value for key, value in own.items() if "FRACTION" in key} == {name: "0.5"}
+    read = getattr(xla_client, "generate_pjrt_gpu_plugin_options", None)
+    if read:  # the names are jaxlib's
+        monkeypatch.setattr(os, "environ", {})
+        assert "memory_fraction" not in read()
+        monkeypatch.setattr(os, "environ", environ)
+        assert read()["memory_fraction"] == USABLE
 
 
 def test_each_backend_has_its_own_variable_and_none_has_none():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import jax
@@ -17,7 +18,7 @@ from gpt_jax.data.ramp import rows_before
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import Collective
 from gpt_jax.model.size import count_parameters
-from gpt_jax.plan import _guess, largest, mfu_bound, roofline
+from gpt_jax.plan import _guess, largest, mfu_bound, roofline, summary
 from gpt_jax.presets import GPT3
 from gpt_jax.topologies import CHIPS, simulated
 
@@ -33,7 +34,7 @@ TINY = {
 }
 KEYS = (
     *("chips", "params", "fits", "hbm_bytes_per_chip", "hbm_capacity_bytes", "flops_per_step"),
-    *("collective_bytes", "mfu_bound", "max_batch_per_chip", "compile_s"),
+    *("collective_bytes", "mfu_bound", "max_batch_per_shard", "compile_s"),
 )
 
 
@@ -122,6 +123,35 @@ def test_the_vocabulary_is_known_before_the_tokenizer(overrides, size):
 
 
 @pytest.mark.parametrize(
+    ("name", "head", "labels"),
+    [("classify", "classifier", 6), ("tag", "tagger", 8), ("multitask", "classifier", 6), ("sst2", "classifier", 2)],
+)
+def test_a_head_has_an_output_for_each_label_of_the_tasks(name, head, labels, monkeypatch):
+    monkeypatch.delenv("GPT_JAX_DATA", raising=False)  # no example is read
+    tiny = {"model.num_layers": "1", "model.d_model": "32", "model.num_heads": "2"}
+    _, step = abstract_step(load(name, tiny), simulated(1))
+    step.trace()
+    assert step.abstract.all_params[head]["bias"].shape == (labels,)
+
+
+def test_labels_of_a_file_that_is_absent_are_missed_in_one_line(tmp_path):
+    tasks = repr(({"name": "classification", "train": f"{tmp_path}/gone.tsv"},))
+    with pytest.raises(UserError, match=r"gone.tsv: cannot read \(No such file or directory\)"):
+        abstract_step(load("classify", {"data.tasks": tasks}), simulated(1))
+
+
+@pytest.mark.slow
+def test_all_shipped_configs_have_a_step_without_data():
+    folder = pathlib.Path(__file__).parent.parent / "configs"
+    large = re.compile(r"gpt3_|llama2_|gpt2_")
+    for path in sorted(path for path in folder.rglob("*.py") if not large.match(path.name)):
+        config = load(str(path), {})
+        if config.data.tokenizer.kind == "char" and not config.model.vocab_size:
+            config = load(str(path), {"model.vocab_size": "100"})
+        abstract_step(config, simulated(1))
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--topology", "v5e:4"), "'v5e:4' is not v5e:SIZES"),
@@ -192,6 +222,15 @@ def test_mfu_is_bounded_by_what_the_run_itself_takes():
     assert mfu_bound(dataclasses.replace(compiled, program=False), machine) is None
 
 
+def test_the_batch_of_a_shard_is_told_with_the_number_of_shards_which_is_not_that_of_chips():
+    known = dict(config=load("quickstart", TINY | {"batch_size": "32", "microbatches": "2"}), model_flops=1)
+    known |= dict(mesh={"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}, collectives=(), replicated=(0.0, []))
+    compiled = Compiled(**dict.fromkeys([field.name for field in dataclasses.fields(Compiled)], 0) | known)
+    result = summary(compiled, simulated(8))
+    assert (result["chips"], result["shards"], result["batch_per_shard"]) == (8, 4, 4)
+    assert result["shards"] * result["batch_per_shard"] * 2 == 32
+
+
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 6, 7, 40, 1000])
 @pytest.mark.parametrize("start", [1, 6, 64])
 def test_the_search_finds_the_largest_batch_that_fits(limit, start):
@@ -220,7 +259,7 @@ def test_what_does_not_fit_is_told_with_what_would(capsys, monkeypatch):
     assert result["fits"] is False and "does NOT fit" in out
     assert any("--config.microbatches=" in line for line in result["advice"])
     assert any("--config.batch_size=16" in line for line in result["advice"])
-    assert 16 <= result["max_batch_per_chip"] < 32
+    assert 16 <= result["max_batch_per_shard"] < 32
 
 
 def test_a_compilers_refusal_says_how_much_it_wanted():

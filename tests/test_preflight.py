@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -12,8 +13,11 @@ import pytest
 from gpt_jax import device_checks, preflight
 from gpt_jax.cli import main
 from gpt_jax.config import resolve
-from gpt_jax.device_checks import check_matmul, check_memory, measure_collective
+from gpt_jax.data.build import build_store
+from gpt_jax.data.tokenizer import ByteTokenizer
+from gpt_jax.device_checks import Check, check_matmul, check_memory, measure_collective
 from gpt_jax.preflight import check_data, check_devices, odd_ones, run_preflight
+from gpt_jax.remote import Remote
 from gpt_jax.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -59,6 +63,20 @@ def test_a_collective_that_gives_wrong_numbers_is_noticed(monkeypatch):
     assert check.ok is False and "wrong numbers on process 0 on " in check.found
 
 
+def test_a_check_that_a_device_has_no_memory_for_is_wrong_and_ends_nothing(monkeypatch):
+    assert [device_checks.collective_size("tpu", "all-gather", ways) >> 20 for ways in (2, 16, 256)] == [64, 64, 4]
+    assert device_checks.collective_size("tpu", "all-reduce", 256) >> 20 == 64
+
+    def refuse(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+    monkeypatch.setattr(jax, "make_array_from_callback", refuse)
+    monkeypatch.setattr(device_checks, "matmul_rate", refuse)
+    for check in (measure_collective(make_mesh(data=2, fsdp=4), "fsdp", "all-gather"), check_matmul()):
+        assert check.ok is False and "process 0 on " in check.found
+        assert check.found.endswith(": RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+
 def test_too_little_memory_is_said():
     assert check_memory(1 << 60).ok is False and "needed" in check_memory(1 << 60).found
     assert check_memory(1).ok and check_memory(0).ok is None
@@ -82,6 +100,36 @@ def test_the_data_are_compared_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.distributed, "gather", lambda value: rows)
     check = check_data(resolve({"data": {"path": str(tmp_path / "a" / "*.txt")}}).data)
     assert check.ok is False and "the files of process 2 on 'h2' are not those of the others" in check.found
+
+
+def test_of_data_in_an_object_store_a_piece_is_read_and_its_rate_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(preflight, "_READ", 100_000)
+    (tmp_path / "large.jsonl.zst").write_bytes(bytes(500_000))
+    (tmp_path / "small.txt").write_text("hello")
+    store = build_store([("train", "to be " * 20_000)], ByteTokenizer(("eot",)), tmp_path / "store", workers=1)
+    read = []
+    whole = Remote.read
+    monkeypatch.setattr(Remote, "read", lambda *a: read.append(whole(*a)) or read[-1])
+    check = check_data(
+        resolve({"data": {"path": f"file://{tmp_path}/large.jsonl.zst,file://{tmp_path}/small.txt"}}).data
+    )
+    assert check.ok and check.values["read_mib_per_s"] > 0 and " MiB/s by the slowest process" in check.found
+    assert check.values["files"] == 2 and check.values["bytes"] == 5
+    assert "(1 of unknown size not counted)" in check.found
+    assert sum(len(data or b"") for data in read) == 100_005 and not (tmp_path / "cache").exists()  # nothing is copied
+    read.clear()
+    check = check_data(resolve({"data": {"path": f"file://{store.path}"}}).data)
+    assert check.ok and check.values["read_mib_per_s"] > 0 and len(read[-1]) == 100_000
+    assert check.values["bytes"] == sum(entry["size"] for entry in store.manifest["files"].values()) > 240_000
+    (store.path / "train.tokens").unlink()
+    for path, said in (
+        (f"file://{store.path}", "train.tokens is missing"),
+        (f"file://{tmp_path}/no.txt", "no such object"),
+    ):
+        check = check_data(resolve({"data": {"path": path}}).data)
+        assert check.ok is False and said in check.found
+    assert "globs are of files here" in check_data(resolve({"data": {"path": "gs://bucket/*.txt"}}).data).found
 
 
 def test_the_files_of_tasks_are_data(tmp_path):
@@ -121,6 +169,17 @@ def test_the_time_that_there_is_is_kept_to(tmp_path):
     assert not result["ok"] and not result["wrong"] and result["left_out"][-1] == "collectives"
 
 
+def test_a_check_that_never_returns_is_named_and_ends_the_process(monkeypatch, capsys):
+    ended, codes, lines = threading.Event(), [], []
+    monkeypatch.setattr(preflight.os, "_exit", lambda code: codes.append(code) or ended.set())
+    monkeypatch.setattr(preflight, "check_processes", lambda: Check("processes", ended.wait(30), "at last"))
+    run_preflight(resolve({}), environ={}, limit=0.1, log=lines.append)
+    assert codes == [1] and lines[0].startswith("WRONG  processes            not done after 0.1 s on process 0 on ")
+    result = json.loads(lines[1])
+    assert result["wrong"] == ["processes"] and result["left_out"][0] == "devices" and not result["ok"]
+    assert "gpt-jax: pre-flight: processes: not done after 0.1 s" in capsys.readouterr().err
+
+
 def test_a_slow_device_is_named(monkeypatch):
     rates = iter([1e14] * 7 + [1e13])
     device = type("Device", (), {"platform": "tpu", "device_kind": "TPU v4"})
@@ -157,8 +216,8 @@ def test_memory_is_held_against_the_plan_or_against_the_state(tmp_path):
 def test_the_command_hands_on_what_the_plan_needs_and_the_exit_code(monkeypatch):
     given = {}
     monkeypatch.setattr(preflight, "run_preflight", lambda config, **options: given.update(options) or 3)
-    assert main(["plan", "--config=quickstart", "--here", "--needed-bytes=12", "--seconds=5"]) == 3
-    assert given["needed_bytes"] == 12 and given["seconds"] == 5
+    assert main(["plan", "--config=quickstart", "--here", "--needed-bytes=12", "--seconds=5", "--limit=9"]) == 3
+    assert given["needed_bytes"] == 12 and given["seconds"] == 5 and given["limit"] == 9
 
 
 def test_the_mesh_is_the_one_of_the_run(tmp_path, monkeypatch):

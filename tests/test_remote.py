@@ -3,21 +3,24 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import tensorstore
 
-from gpt_jax import checkpoint_folder
+from gpt_jax import checkpoint_folder, launch
 from gpt_jax.checkpoint import Checkpointer, find_checkpoint
-from gpt_jax.cli import main
+from gpt_jax.cli import main, use_compilation_cache
 from gpt_jax.config import resolve
 from gpt_jax.data.build import build_store
+from gpt_jax.data.cache import cache_root
 from gpt_jax.data.prepare import prepare_data
 from gpt_jax.data.readers import expand_paths
 from gpt_jax.data.store import fetch_store, is_store, open_store
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.remote import Remote, download, fetch_file, is_url, reaching, run_folder, upload
+from gpt_jax.tasks import load_task
 from gpt_jax.train import copier
 from gpt_jax.workdir import Workdir, open_workdir
 
@@ -205,12 +208,45 @@ def test_what_needs_a_folder_or_gs_says_so(url, capsys):
         ["inspect", "--workdir=gs://bucket/run"],
         ["context", "--workdir=gs://bucket/run"],
         ["convert", "--from-hf=model", "--workdir=gs://bucket/run"],
+        ["convert", "--from-hf=gs://bucket/model", "--workdir=run"],
+        ["convert", "--to-hf=gs://bucket/model", "--workdir=gs://bucket/run"],
+        ["inspect", "--out=gs://bucket/page", "--workdir=gs://bucket/run"],
+        ["context", "--out=gs://bucket/page", "--workdir=gs://bucket/run"],
+        ["augment", "--out=gs://bucket/rows", "--method=eda", "--task=sst2"],
+        ["sample", "--html=gs://bucket/page.html", "--prompt=a", "--workdir=gs://bucket/run"],
     ],
 )
 def test_commands_that_write_a_folder_refuse_a_url(command, capsys):
     assert main(command) == 1
     assert "it needs a folder of a file system" in capsys.readouterr().err
     assert not pathlib.Path("gs:").exists()
+
+
+def test_the_cache_and_the_logs_of_processes_are_in_folders_and_refuse_a_url(monkeypatch, capsys):
+    monkeypatch.setenv("GPT_JAX_CACHE", "gs://bucket/cache")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        for make in (cache_root, use_compilation_cache):
+            with pytest.raises(UserError, match="GPT_JAX_CACHE is 'gs://bucket/cache', but it needs a folder"):
+                make()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert launch.main(["--logs=gs://bucket/logs", "--", "true"]) == 1
+    assert "--logs is 'gs://bucket/logs', but it needs a folder of a file system" in capsys.readouterr().err
+    assert not pathlib.Path("gs:").exists()
+
+
+def test_tasks_read_files_by_url(tmp_path):
+    (tmp_path / "t.tsv").write_text("text\tlabel\ngood\tyes\nbad\tno\n")
+    task = load_task("classification", train=f"file://{tmp_path}/t.tsv", text="{text}", label="label", hold_out=0)
+    assert task.labels == ("no", "yes") and [e.text for e in task.examples("train")] == ["good", "bad"]
+    for name, text in (("a.de", "eins\n"), ("a.en", "one\n")):
+        (tmp_path / name).write_text(text)
+    both = f"file://{tmp_path}/a.de,{tmp_path}/a.en"
+    assert load_task("parallel", train=both, hold_out=0).examples("train")[0].target == "one"
+    with pytest.raises(UserError, match="file:///.*none.tsv': no such object"):
+        load_task("classification", train=f"file://{tmp_path}/none.tsv")
 
 
 def test_a_store_that_cannot_be_asked_says_nothing_of_a_checkpoint(monkeypatch):

@@ -23,9 +23,9 @@ from gpt_jax.ablation.cells import final_values
 from gpt_jax.checkpoint import Checkpointer, list_steps
 from gpt_jax.config import resolve
 from gpt_jax.data.batches import BatchOrder
-from gpt_jax.errors import UserError
+from gpt_jax.errors import Unavailable, UserError
 from gpt_jax.metrics import read_rows
-from gpt_jax.resume import check_skip, continued_state
+from gpt_jax.resume import agreed_latest, check_skip, continued_state
 from gpt_jax.train_state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -107,6 +107,39 @@ def test_an_average_turned_on_starts_at_the_weights(saver):
     assert_equal(state.ema, make_state(adam(), 7).params)
     assert_equal(state.opt_state, make_state(adam(), 7).opt_state)
     assert "its average of the weights at step 7" in lines[0]
+
+
+class LateFolder:
+    """A folder of checkpoints on a network file system: each listing is the next of these, the last one stays."""
+
+    directory = pathlib.Path("/shared/run/checkpoints")
+
+    def __init__(self, *listings):
+        self.listings = list(listings)
+
+    def all_steps(self):
+        return self.listings.pop(0) if len(self.listings) > 1 else self.listings[0]
+
+    def latest(self):
+        return max(self.all_steps(), default=None)
+
+
+def test_all_processes_continue_at_the_checkpoint_that_process_0_sees(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    first = [400]  # what process 0 sees; this one is process 1
+    monkeypatch.setattr(
+        "gpt_jax.distributed.gather",
+        lambda value: [["first", True], value] if isinstance(value, list) else [first[0], value],
+    )
+    assert agreed_latest(LateFolder([200], [200], [200], [200, 400])) == 400  # it shows late
+    assert agreed_latest(LateFolder([400, 600])) == 400  # what was removed is still shown here
+    with pytest.raises(
+        Unavailable, match="process 1 on .* does not see the checkpoint of step 400 in '/shared/run/check"
+    ) as error:
+        agreed_latest(LateFolder([200]), seconds=0.01)
+    assert error.value.exit_code == 75
+    first[0] = None
+    assert agreed_latest(LateFolder([200])) is None
 
 
 def test_parameters_that_do_not_fit_are_an_error_whatever_changed(saver):

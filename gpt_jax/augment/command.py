@@ -16,6 +16,7 @@ from gpt_jax.augment.finetune import RATES, Recipe
 from gpt_jax.augment.report import fidelity, figures, write_report
 from gpt_jax.errors import UserError, choose
 from gpt_jax.files import atomic_write
+from gpt_jax.remote import refuse_url
 from gpt_jax.tasks import Task, load_task
 from gpt_jax.tasks.base import parse_specs
 
@@ -72,6 +73,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     for name, least in _LEAST.items():
         if (value := getattr(args, name)) < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
+    refuse_url(args.out, "--out", "write to a folder, then copy it to the bucket")
     out = pathlib.Path(args.out)
     if args.method == "text":
         summary = _text(args, out)

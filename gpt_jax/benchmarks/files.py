@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from gpt_jax.data.readers import expand_variables
+from gpt_jax.data.readers import local_path
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.examples import Malformed
 from gpt_jax.tasks.readers import read_table
@@ -29,7 +29,7 @@ def read_rows(path: str, **fields: type | tuple[type, ...]) -> list[dict[str, An
       UserError: no such file, or a malformed line (file and line named).
     """
     out = []
-    for row in read_table(pathlib.Path(expand_variables(path))):
+    for row in read_table(local_path(path)):
         if isinstance(row, Malformed):
             raise UserError(f"{row.where}: {row.why}.")
         _check(row.columns, fields, row.where)
@@ -43,7 +43,7 @@ def read_archive(path: str, **fields: type | tuple[type, ...]) -> Iterator[tuple
     Raises:
       UserError: an archive that is missing, damaged or truncated, or a malformed line (file, member and line named).
     """
-    found = pathlib.Path(expand_variables(path))
+    found = local_path(path)
     try:
         with tarfile.open(found) as archive:
             members = sorted((m for m in archive.getmembers() if m.name.endswith(".jsonl")), key=lambda m: m.name)

@@ -68,6 +68,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     for flag, least in (("tokens", 2), ("longest", 1), ("trials", 1), ("batch_size", 1), ("sinks", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}.")
+    refuse_url(args.out, "--out", "write to a folder, then copy it to the bucket")
     if not args.out:
         refuse_url(args.workdir, "--workdir", "say with --out where figures go")
     run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)

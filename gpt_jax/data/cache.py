@@ -14,10 +14,12 @@ from typing import Any
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write, explain_no_space
+from gpt_jax.remote import refuse_url
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
     """Returns the cache's folder: `cache_dir`, else $GPT_JAX_CACHE, else ~/.cache/gpt_jax; makes it if needed."""
+    refuse_url(cache_dir or os.environ.get("GPT_JAX_CACHE", ""), "GPT_JAX_CACHE", "each host has a cache of its own")
     root = pathlib.Path(cache_dir or os.environ.get("GPT_JAX_CACHE") or pathlib.Path.home() / ".cache" / "gpt_jax")
     try:
         root.mkdir(parents=True, exist_ok=True)

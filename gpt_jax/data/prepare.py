@@ -10,6 +10,7 @@ from typing import Any
 from gpt_jax.data import cache
 from gpt_jax.data.batches import BatchOrder, TrainSource, ValidSource, ValidText
 from gpt_jax.data.build import build_store
+from gpt_jax.data.formats import Part
 from gpt_jax.data.mixture import MixtureSource
 from gpt_jax.data.permutation import mix
 from gpt_jax.data.readers import Progress, expand_variables
@@ -109,13 +110,35 @@ def prepare_data(
         raise UserError("batch_schedule goes with one objective, not with a mixture of several.")
     parts = {}
     for name, part in wanted.items():
-        for key in part.data:
-            if not hasattr(data, key) or key == "tokenizer":
-                allowed = [f.name for f in dataclasses.fields(data) if f.name != "tokenizer"]
-                raise UserError(f"the data of part {name!r} has key {key!r}{nearest(key, allowed)}, not one of data's.")
-        own = dataclasses.replace(data, **part.data)
-        parts[name] = _prepare(own, part.rows, tokenizer, part.batch_size, place, name)
+        parts[name] = _prepare(_own_data(data, name, part), part.rows, tokenizer, part.batch_size, place, name)
     return _joined(tokenizer, parts)
+
+
+def tasks_of(data: Any, rows: Any, part: str = "") -> Any:
+    """Returns what `Data.tasks` of these rows will be, without a tokenizer and without reading an example.
+
+    Args:
+      data: a DataConfig. rows: how the objective wants its rows, see `prepare_data`. part: of a mixture.
+
+    Raises:
+      UserError: a task that cannot be had; one whose labels are those of a file that is not there.
+    """
+    if isinstance(rows, Mapping):
+        return {name: tasks_of(_own_data(data, name, own), own.rows, name) for name, own in rows.items()}
+    if not hasattr(rows, "encode"):
+        return ()
+    from gpt_jax.data.task_rows import load_tasks
+
+    return load_tasks(data.tasks, rows.kind, f" {part!r}" if part else "")[1]
+
+
+def _own_data(data: Any, name: str, part: Part) -> Any:
+    """The data config of a part of a mixture of objectives."""
+    for key in part.data:
+        if not hasattr(data, key) or key == "tokenizer":
+            allowed = [f.name for f in dataclasses.fields(data) if f.name != "tokenizer"]
+            raise UserError(f"the data of part {name!r} has key {key!r}{nearest(key, allowed)}, not one of data's.")
+    return dataclasses.replace(data, **part.data)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,25 @@ def expand_variables(path: str) -> str:
     return out
 
 
+def refuse_globs(url: str) -> None:
+    """Raises UserError for a pattern of URLs."""
+    if any(letter in url for letter in "*?["):
+        raise UserError(f"data path {url!r}: globs are of files here; name each object of an object store.")
+
+
+def local_path(path: str) -> pathlib.Path:
+    """Returns a path with ~ and $VARS expanded; in place of each URL (of several, between commas) a copy in the cache.
+
+    Raises:
+      UserError: a $VAR that is not set, an object that is not there.
+    """
+    expanded = expand_variables(path)
+    if "://" not in expanded:
+        return pathlib.Path(expanded)
+    parts = (part.strip() for part in expanded.split(","))
+    return pathlib.Path(",".join(str(fetch_file(p, cache_root(), print)) if is_url(p) else p for p in parts))
+
+
 def expand_paths(paths: str) -> list[pathlib.Path]:
     """Returns the files that comma-separated paths and globs name, sorted within each glob, each file once.
 
@@ -58,8 +77,7 @@ def expand_paths(paths: str) -> list[pathlib.Path]:
     for part in filter(None, (p.strip() for p in paths.split(","))):
         pattern = expand_variables(part)
         if is_url(pattern):
-            if any(letter in pattern for letter in "*?["):
-                raise UserError(f"data path {part!r}: globs are of files here; name each object of an object store.")
+            refuse_globs(pattern)
             files[fetch_file(pattern, cache_root(), print)] = None
             continue
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))

@@ -56,6 +56,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         raise UserError("activation patching needs both --clean and --corrupt.")
     if args.tokens < 2 or args.texts < 1:
         raise UserError(f"--tokens is {args.tokens} and --texts {args.texts}; at least 2 tokens and 1 text are needed.")
+    refuse_url(args.out, "--out", "write to a folder, then copy it to the bucket")
     if not args.out:
         refuse_url(args.workdir, "--workdir", "say with --out where pages and figures go")
     run = load(args.workdir, step=args.step, weights=args.weights)

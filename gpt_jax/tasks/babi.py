@@ -1,10 +1,9 @@
 """bAbI: questions on little stories, 20 tasks of 1,000 training and 1,000 test questions (Weston et al. 2015)."""
 
 import itertools
-import pathlib
 from collections.abc import Iterable, Iterator
 
-from gpt_jax.data.readers import expand_variables
+from gpt_jax.data.readers import local_path
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.base import Malformed, Task, TextToText
 from gpt_jax.tasks.readers import Row, make, read_babi
@@ -31,7 +30,7 @@ def task(
         return TextToText(shown.fill(template), row["answer"], where=row.where, group=group)
 
     def read(n: int, split: str) -> Iterator[TextToText | Malformed]:
-        archive = pathlib.Path(expand_variables(path))
+        archive = local_path(path)
         rows = read_babi(archive, f"qa{n}_", "test" if split == "test" else "train")
         if split != "test":
             rows = (row for row, in_valid in _with_valid(rows) if in_valid == (split == "valid"))

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt_jax.data.readers import expand_variables
+from gpt_jax.data.readers import local_path
 from gpt_jax.data.splits import held_out
 from gpt_jax.errors import UserError, choose, nearest
 from gpt_jax.options import import_path
@@ -302,7 +302,7 @@ def _find(name: str) -> Callable[..., Task] | Task:
         return import_path(REGISTRY[name])
     head, _, member = name.rpartition(":")
     if head.endswith(".py"):
-        return _from_file(pathlib.Path(expand_variables(head)), member)
+        return _from_file(local_path(head), member)
     if head:
         return import_path(name)
     raise UserError(
@@ -331,7 +331,8 @@ def files(read: Callable[..., Iterable[Example | Malformed]], hold_out: float = 
     """Returns the splits of files: {split: read(path)} for every path that is not empty.
 
     Args:
-      read: yields the examples of a path, in which ~ and $VARS are expanded (when the split is read).
+      read: yields the examples of a path, in which ~ and $VARS are expanded (when the split is read); what is at a URL
+        is copied into the cache.
       hold_out: if > 0 and `valid` has no path, about so large a part of `train` is `valid`, by the hash of each
         example's `document`.
       paths: of train, valid, test and any other.
@@ -339,7 +340,7 @@ def files(read: Callable[..., Iterable[Example | Malformed]], hold_out: float = 
 
     def split(path: str, keep: Callable[[Example], bool] | None = None) -> Split:
         def examples() -> Iterable[Example | Malformed]:
-            for item in read(pathlib.Path(expand_variables(path))):
+            for item in read(local_path(path)):
                 # A malformed one belongs to train, so that it is counted once.
                 if keep is None or keep(item):
                     yield item

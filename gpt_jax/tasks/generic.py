@@ -10,7 +10,7 @@ the hash of their text.
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from gpt_jax.data.readers import expand_variables
+from gpt_jax.data.readers import local_path
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.base import (
     Classify,
@@ -99,7 +99,7 @@ def parallel(
         names = str(paths).split(",")
         if len(names) != 2:
             raise UserError(f"task parallel needs two files per split, 'a.de,a.en'; it has {str(paths)!r}.")
-        rows = read_parallel(*(pathlib.Path(expand_variables(name)) for name in names))
+        rows = read_parallel(*(local_path(name) for name in names))
         return make(rows, lambda row: TextToText(row.fill(template), row["target"], where=row.where))
 
     return Task(
@@ -234,5 +234,5 @@ def preferences(
 
 def _names(path: str, read: Callable, names: Callable[..., Iterable[str]]) -> tuple[str, ...]:
     """Returns the labels of a training file, sorted; an empty one is none."""
-    found = read(pathlib.Path(expand_variables(path)))
+    found = read(local_path(path))
     return tuple(sorted({n for item in found if not isinstance(item, Malformed) for n in names(item) if n.strip()}))
