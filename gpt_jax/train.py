@@ -35,7 +35,7 @@ from gpt_jax.run import Run, build_run, placements
 from gpt_jax.sharding import path_name
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
 from gpt_jax.train_state import TrainState, join
-from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir
+from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir, stopped_by_sigterm
 
 
 def train(
@@ -59,9 +59,10 @@ def train(
 
     Raises:
       UserError: a mistake in config or data, a run in use, a damaged checkpoint.
+      Unavailable: asked to stop before the first step.
     """
     started, startup = time.monotonic(), startup or Startup()
-    with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
+    with stopped_by_sigterm(), open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
         stack.callback(publish_or_say, directory, log)  # however it ends: of one that failed they say why
         log = distributed.said_once(log)
         if not directory.url:
@@ -126,7 +127,6 @@ def train(
         )
         sample = hooks.Sample(directory, console, sampler(run))
         watch = Watch(directory, run.data.train, run.step, config.seed, writer, config.log.spike_z)
-        stop = stack.enter_context(Preemption())
         trace = Trace(directory.path / "profile", profile)
         stack.callback(trace.close)
 
@@ -139,6 +139,7 @@ def train(
                 log(str(startup))
                 seconds = {name: round(value, 2) for name, value in startup.seconds.items()}
                 directory.write_json("environment.json", environment | {"start_seconds": seconds})
+            stop = stack.enter_context(Preemption())
             for index, batch in loader:
                 trace.before(index + 1, state)
                 state, metrics = step(state, batch)

@@ -21,6 +21,7 @@ from helpers import load_script
 
 from gpt_jax.ablation.cells import final_values
 from gpt_jax.checkpoint import Checkpointer, list_steps
+from gpt_jax.cli import main
 from gpt_jax.config import resolve
 from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import UserError
@@ -317,19 +318,36 @@ def test_the_stress_script_says_what_it_takes():
     assert done.returncode == 0 and "--kills" in done.stdout
 
 
-def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
-    module = importlib.import_module("gpt_jax.train")
-    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 40)
-    tree = {
+def small_config(folder, text="to be or not to be, that is the question. ", **data):
+    (folder / "text.txt").write_text(text * 40)
+    return {
         "steps": 5,
         "batch_size": 8,
         "context_length": 16,
         "model": {"num_layers": 1, "d_model": 16, "num_heads": 1},
-        "data": {"path": str(tmp_path / "text.txt"), "tokenizer": {"kind": "byte"}},
+        "data": {"path": str(folder / "text.txt"), "tokenizer": {"kind": "byte"}, **data},
         "eval": {"every_steps": 0},
         "checkpoint": {"every_steps": 0},
         "sample": {"prompts": ()},
     }
+
+
+def test_sigterm_before_the_first_step_exits_75_too_and_the_handler_comes_back(tmp_path, monkeypatch, capsys):
+    module = importlib.import_module("gpt_jax.train")
+    tree = small_config(tmp_path)
+    (tmp_path / "config.py").write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({tree!r})\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, "build_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]) == 75
+    assert "run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
+    module = importlib.import_module("gpt_jax.train")
+    tree = small_config(tmp_path)
     said = []
 
     def fails(*_, **__):
