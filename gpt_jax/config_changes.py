@@ -125,8 +125,8 @@ def classify(key: str) -> tuple[str, str]:
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """Sorts the differences between two resolved configs (nested dicts; lists and tuples count as equal).
 
-    `steps` is free where it grows, with a note if the learning-rate schedule depends on it. `context_length` is
-    impossible where it sizes the table of learned positions.
+    `steps` is free where it grows and no batch depends on it, with a note of what else does: the learning rate, a term
+    of the objective. `context_length` is impossible where it sizes the table of learned positions.
     """
     before, after = flatten(old), flatten(new)
     sorted_changes: dict[str, list[Change]] = {FREE: [], NUMERICS: [], IMPOSSIBLE: []}
@@ -137,7 +137,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         kind, note = classify(key)
         if None not in (a, b):
             if key == "steps" and b > a:
-                kind, note = FREE, _schedule_note(after)
+                kind, note = _more_steps(after)
             if key in _SAME_PARAMETERS and _SAME_PARAMETERS[key](a, b):
                 kind, note = NUMERICS, ""
             if key in ("model.attention", "model.query_block") and after.get("model.dropout"):
@@ -174,6 +174,27 @@ def decide(changes: Changes, accept: bool, path: Any = "this run") -> list[str]:
             "give --accept-changes to go on with the new ones, or undo them."
         )
     return [f"changed (free) {c}" for c in changes.free] + [f"changed (accepted) {c}" for c in changes.numerics]
+
+
+def _more_steps(flat: Mapping[str, Any]) -> tuple[str, str]:
+    """(class, note) of more steps in a run of this config."""
+    if any(str(until).strip().endswith("%") for until, *_ in flat.get("batch_schedule") or ()):
+        return NUMERICS, "batch_schedule has percents of steps: other batches"
+    notes = [_schedule_note(flat), *(f"{key} is a part of steps" for key in _parts_of_steps(flat))]
+    return FREE, "; ".join(note for note in notes if note)
+
+
+def _parts_of_steps(flat: Mapping[str, Any]) -> list[str]:
+    """The keys of the objective, and of the ones it is made of, whose value stands for a part of the run."""
+    from gpt_jax.objectives.base import objective_class
+
+    found = []
+    for key, name in flat.items():
+        if key.startswith("objective.") and key.endswith(".name"):
+            prefix = key.removesuffix("name")
+            options = {k.removeprefix(prefix): value for k, value in flat.items() if k.startswith(prefix)}
+            found += [f"{prefix}{option}" for option in objective_class(name).parts_of_steps(options)]
+    return found
 
 
 def _schedule_note(flat: Mapping[str, Any]) -> str:

@@ -308,6 +308,34 @@ def test_more_steps_say_what_of_the_schedule_depends_on_them(overrides, named):
     assert bool(change.note) == bool(named)
 
 
+def test_more_steps_are_other_batches_where_the_batch_schedule_has_percents():
+    for schedule, kind in (("[('5%', 16)]", "numerics"), ("[('10', 16)]", "free"), ("[('4Btok', (16, 0))]", "free")):
+        changes = compare(tree(batch_schedule=schedule), tree(batch_schedule=schedule, steps=5000))
+        assert [c.key for c in getattr(changes, kind)] == ["steps"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ({"name": "causal_lm", "reweight": "perplexity"}, "objective.alpha_warmup_steps"),
+        ({"name": "causal_lm", "reweight": "perplexity", "alpha_warmup_steps": 9}, ""),
+        ({"name": "causal_lm"}, ""),
+        ({"name": "masked_lm", "coefs": {"mlm": 1.0, "edit": 0.1}}, "objective.edit_after"),
+        ({"name": "replaced_token", "coefs": {"edit": 0.1}, "edit_after": 0.5}, "objective.edit_after"),
+        ({"name": "masked_lm", "coefs": {"edit": 0.1}, "edit_after": 0.0}, ""),
+        ({"name": "masked_lm"}, ""),
+        (
+            {"name": "mixture", "tasks": {"a": {"name": "masked_lm", "coefs": {"edit": 1.0}}}},
+            "objective.tasks.a.edit_after",
+        ),
+    ],
+)
+def test_more_steps_say_what_of_the_objective_depends_on_them(objective, named):
+    given = {"objective": objective, "optimizer": {"schedule": "constant", "warmup": "10"}}
+    (change,) = compare(to_dict(resolve(given)), to_dict(resolve(given | {"steps": 5000}))).free
+    assert change.note == (f"{named} is a part of steps" if named else "")
+
+
 def test_refusal_shows_the_differences_and_acceptance_lists_them():
     changes = compare(tree(), tree(optimizer__learning_rate=0.5, log__every_steps=3, data__skip="[(40, 50)]"))
     with pytest.raises(UserError) as caught:
