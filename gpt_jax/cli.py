@@ -60,10 +60,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command in ("train", "data"):
         parser.add_argument(
             "--config",
-            required=command == "train",
             default="",
             metavar="FILE|NAME",
-            help="a config file, or its name in configs/; --config.KEY=VALUE overrides a key",
+            help="a config file, or its name in configs/; --config.KEY=VALUE overrides a key"
+            + ("; default: that of the run in --workdir" if command == "train" else ""),
         )
     if command == "data":
         parser.add_argument(
@@ -192,7 +192,7 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from gpt_jax import config as configs
 
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, overrides) if args.config else _config_of_run(args.workdir, overrides)
     if args.print_config:
         from gpt_jax.objectives.base import describe_options
 
@@ -213,6 +213,20 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if is_first():
         _print_json(summary)
     return code
+
+
+def _config_of_run(workdir: str, overrides: dict[str, str]) -> Any:
+    """The config of the run that is to be continued."""
+    from gpt_jax import config as configs
+    from gpt_jax.run import saved_config
+
+    if not workdir:
+        raise UserError("--config is missing: a file, or a name in configs/; or --workdir, of a run to continue.")
+    try:
+        tree = saved_config(workdir)
+    except UserError as error:
+        raise UserError(f"--config is missing, and no run is there to continue: {error}") from None
+    return configs.resolve(tree, overrides)
 
 
 def join_job(args: argparse.Namespace, config: Any) -> None:

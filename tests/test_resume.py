@@ -373,3 +373,10 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"batches before 5 are behind the run, at step 5"):
         module.train(skipping, str(tmp_path / "whole"), accept_changes=True, log=said.append)
     assert again["valid/loss"] == whole["valid/loss"] and again["valid/bits_per_byte"] == whole["valid/bits_per_byte"]
+
+
+def test_without_a_config_there_must_be_a_run_to_continue(tmp_path, capsys):
+    for flags in ([], [f"--workdir={tmp_path}"], [f"--workdir={tmp_path / 'none'}"]):
+        assert main(["train", *flags]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("gpt-jax: --config is missing") and err.count("\n") == 1
