@@ -170,10 +170,11 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from gpt_jax.data.command import run_data
     from gpt_jax.objectives.base import Host, rows_of
 
+    tokenizer = None
     if args.workdir:
-        from gpt_jax.run import saved_config
+        from gpt_jax.run import saved_run
 
-        config = configs.resolve(saved_config(args.workdir), overrides)
+        config, _, tokenizer = saved_run(args.workdir, overrides)
     else:
         config = configs.load(args.config, overrides) if args.config else configs.resolve({}, overrides)
     result = run_data(
@@ -185,6 +186,7 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
             config.objective, Host(tokenizer.specials, config.context_length, config.batch_size)
         ),
         show=args.show,
+        tokenizer=tokenizer,
     )
     return _print_json(result)
 

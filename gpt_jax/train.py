@@ -31,7 +31,7 @@ from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import check_skip, continued_state
-from gpt_jax.run import Run, build_run, placements
+from gpt_jax.run import Run, build_run, following_init, placements, saved_tokenizer
 from gpt_jax.sharding import path_name
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
 from gpt_jax.train_state import TrainState, join
@@ -69,7 +69,8 @@ def train(
             distributed.check_shared(directory.path)
         distributed.check_devices(config.distributed.devices, config.distributed.device_kind)
         startup.mark("workdir and devices")
-        run = build_run(config, log)
+        config = following_init(config, log, directory.read_config())
+        run = build_run(config, log, saved_tokenizer(directory))
         startup.mark("data and model")
         distributed.check_equal(**{"the data": run.data.fingerprint()})
         changes = settle_config(run.config, directory, accept_changes, log)

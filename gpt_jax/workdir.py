@@ -228,7 +228,7 @@ def _open_url(url: str, lock: bool) -> Iterator[Workdir]:
     with _locked(folder, url) if first else contextlib.nullcontext():
         if first:
             clean_leftovers(folder)
-        download(url, _COPIED if first else _READ, folder)
+        download(url, _COPIED if first else (*_READ, "tokenizer"), folder)
         yield Workdir(folder, writes=first, url=url)
 
 

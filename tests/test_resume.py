@@ -1,10 +1,12 @@
 """`gpt-jax train` continued after kills, on other devices, with changes. At length: scripts/stress_resume.py."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,10 +25,13 @@ from gpt_jax.ablation.cells import final_values
 from gpt_jax.checkpoint import Checkpointer, list_steps
 from gpt_jax.cli import main
 from gpt_jax.config import resolve
+from gpt_jax.data import load_tokenizer, prepare_data
 from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import UserError
+from gpt_jax.evaluate import evaluate_all
 from gpt_jax.metrics import read_rows
 from gpt_jax.resume import check_skip, continued_state
+from gpt_jax.run import restore_run
 from gpt_jax.train_state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -373,6 +378,44 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"batches before 5 are behind the run, at step 5"):
         module.train(skipping, str(tmp_path / "whole"), accept_changes=True, log=said.append)
     assert again["valid/loss"] == whole["valid/loss"] and again["valid/bits_per_byte"] == whole["valid/bits_per_byte"]
+
+
+OTHER = "an umbrella above us, and rain on it all day long; "  # other frequencies, so other ids of a char tokenizer
+
+
+@pytest.fixture(scope="module")
+def of_characters(tmp_path_factory):
+    """A run of 2 steps on text.txt, beside other.txt: (folder, its config)."""
+    folder = tmp_path_factory.mktemp("characters")
+    tree = small_config(folder, tokenizer={"kind": "char"}, split="tail", valid_fraction=0.3) | {"steps": 2}
+    (folder / "other.txt").write_text(OTHER * 40)
+    importlib.import_module("gpt_jax.train").train(resolve(tree), str(folder / "run"), log=lambda line: None)
+    return folder, tree
+
+
+def same_tokens(data, expected):
+    for name in ("train", "valid"):
+        count = expected.splits[name].num_tokens
+        np.testing.assert_array_equal(data.splits[name].read(0, count), expected.splits[name].read(0, count))
+
+
+@pytest.mark.slow
+def test_another_text_is_read_with_the_runs_own_tokenizer(of_characters, capsys):
+    folder, tree = of_characters
+    path = {"data.path": str(folder / "other.txt")}
+    run, params, step = restore_run(str(folder / "run"), overrides=path)
+    given = resolve(tree, path | {"data.tokenizer.path": str(folder / "run" / "tokenizer")})
+    own = prepare_data(given.data, context_length=16, batch_size=8, seed=0)
+    same_tokens(run.data, own)
+    expected = evaluate_all(dataclasses.replace(run, data=own), params, step=step)
+    capsys.readouterr()
+    flag = f"--config.data.path={folder / 'other.txt'}"
+    assert main(["eval", f"--workdir={folder / 'run'}", flag]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["valid/loss"] == expected["valid/loss"] and found["valid/bits_per_byte"] < 12
+    for key, value in (("kind", "byte"), ("vocab_size", "9")):
+        assert main(["eval", f"--workdir={folder / 'run'}", flag, f"--config.data.tokenizer.{key}={value}"]) == 1
+        assert f"data.tokenizer.{key}: the run in" in capsys.readouterr().err
 
 
 def test_without_a_config_there_must_be_a_run_to_continue(tmp_path, capsys):
