@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
+from gpt_jax.data.cache import content_hash
 from gpt_jax.errors import UserError
 
 FREE, NUMERICS, IMPOSSIBLE = "free", "numerics", "impossible"
@@ -76,6 +77,8 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("data.*", NUMERICS, ""),
 )
 
+
+_SHOWN = 6  # differences of the data that a message names
 
 # Keys of the table's impossible ones for which some pairs of values have the same parameters: those are numerics.
 _SAME_PARAMETERS = {
@@ -149,6 +152,24 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
                 kind, note = IMPOSSIBLE, "the number of learned positions"
         sorted_changes[kind].append(Change(key, a, b, note))
     return Changes(*(tuple(sorted_changes[kind]) for kind in (FREE, NUMERICS, IMPOSSIBLE)))
+
+
+def compare_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> Change | None:
+    """Returns how the content of the data differs between two `Data.info`, of what both tell; None if it does not.
+
+    The note names what differs. Where the data lie, what they are called and which Python has them is no content.
+    """
+    before, after = (
+        {k: v for k, v in flatten(info).items() if not k.endswith((".store", ".tokens_file", ".files", ".python"))}
+        for info in (then, now)
+    )
+    names = [name for name in before if name in after and before[name] != after[name]]
+    if not names:
+        return None
+    shown = [f"{n} {before[n]} -> {after[n]}" if isinstance(after[n], int | float) else n for n in names[:_SHOWN]]
+    more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    hashes = (content_hash({name: of[name] for name in before if name in after}) for of in (before, after))
+    return Change("the content of the data", *hashes, note=", ".join([*shown, *more]))
 
 
 def decide(changes: Changes, accept: bool, path: Any = "this run") -> list[str]:

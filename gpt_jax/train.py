@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import re
 import tempfile
 import time
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from gpt_jax import distributed, hooks
 from gpt_jax.checkpoint import Checkpointer, restore_subset
 from gpt_jax.config import Config, to_dict
-from gpt_jax.config_changes import compare, decide
+from gpt_jax.config_changes import compare, compare_data, decide
 from gpt_jax.console import Console
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
@@ -73,7 +74,7 @@ def train(
         run = build_run(config, log, saved_tokenizer(directory))
         startup.mark("data and model")
         distributed.check_equal(**{"the data": run.data.fingerprint()})
-        changes = settle_config(run.config, directory, accept_changes, log)
+        changes = settle_changes(run, directory, accept_changes, log)
         checkpointer = stack.enter_context(
             Checkpointer(
                 directory.checkpoints_path,
@@ -206,16 +207,19 @@ def last_validation(directory: Workdir, step: int) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith(("valid/", "tasks/"))}
 
 
-def settle_config(config: Config, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:
-    """Compares a continued run's config with the one it began with; returns the changes to record."""
-    old, new = directory.read_config(), to_dict(config)
-    changes = {}
-    if old is not None:
-        found = compare(old, new)
-        for line in decide(found, accept, directory.name):
-            log(line)
-        changes = found.as_history()
-    return changes
+def settle_changes(run: Run, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:
+    """Compares a continued run's config and data with those it had so far; returns the changes to record."""
+    old, new = directory.read_config(), to_dict(run.config)
+    if old is None:
+        return {}
+    found = compare(old, new)
+    data = (directory.read_json("environment.json") or {}).get("data")
+    changed = compare_data(data, json.loads(json.dumps(run.data.info))) if data else None
+    if changed:
+        found = dataclasses.replace(found, numerics=(*found.numerics, changed))
+    for line in decide(found, accept, directory.name):
+        log(line)
+    return found.as_history()
 
 
 def first_state(
@@ -279,10 +283,10 @@ def _not_given(objective: Any, frozen: Any, given: Iterable[str]) -> str:
 
 def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Writes what is known of a run before its first step; returns what environment.json holds."""
-    environment = directory.write_environment(run.data.info)
     if changes:
         directory.add_history("change", start, changes=changes)
-    directory.write_config(to_dict(run.config))  # after the change is in the history: a kill between loses neither
+    environment = directory.write_environment(run.data.info)  # after the change is in the history: a kill between
+    directory.write_config(to_dict(run.config))  # loses neither
     directory.add_history("resume" if start else "start", start)
     with tempfile.TemporaryDirectory() as folder:
         run.data.tokenizer.save(folder)

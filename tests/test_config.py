@@ -8,7 +8,7 @@ import pytest
 
 from gpt_jax import config_changes
 from gpt_jax.config import Config, describe, dumps, expand_path, find_config, load, loads, resolve, to_dict
-from gpt_jax.config_changes import FREE, IMPOSSIBLE, NUMERICS, classify, compare, decide
+from gpt_jax.config_changes import FREE, IMPOSSIBLE, NUMERICS, classify, compare, compare_data, decide
 from gpt_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -334,6 +334,19 @@ def test_more_steps_say_what_of_the_objective_depends_on_them(objective, named):
     given = {"objective": objective, "optimizer": {"schedule": "constant", "warmup": "10"}}
     (change,) = compare(to_dict(resolve(given)), to_dict(resolve(given | {"steps": 5000}))).free
     assert change.note == (f"{named} is a part of steps" if named else "")
+
+
+def test_data_compare_by_what_both_tell_of_their_content():
+    def info(sha256="aa", size=100, **corpus):
+        corpus = {"sha256": sha256, "files": ["a.txt"], "python": "3.11.1", **corpus}
+        return {"texts": {"data": {"store": "here", "corpus": corpus}}, "bytes": {"train": size}}
+
+    moved = info(files=["b.txt"], python="3.11.9", more=1)
+    moved["texts"]["data"]["store"] = "there"
+    assert compare_data(info(), info()) is None and compare_data(info(), moved) is None
+    change = compare_data(info(), info("bb", 120))
+    assert change.old != change.new and change.note == "texts.data.corpus.sha256, bytes.train 100 -> 120"
+    assert compare_data(info("bb", 120), info()).old == change.new
 
 
 def test_refusal_shows_the_differences_and_acceptance_lists_them():

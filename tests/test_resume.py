@@ -418,6 +418,50 @@ def test_another_text_is_read_with_the_runs_own_tokenizer(of_characters, capsys)
         assert f"data.tokenizer.{key}: the run in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_other_data_are_refused_or_recorded_and_keep_the_ids(of_characters, tmp_path, capsys):
+    folder, tree = of_characters
+    workdir = tmp_path / "run"
+    shutil.copytree(folder / "run", workdir)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    environment = json.loads((workdir / "environment.json").read_text())
+
+    def go_on(steps, *flags):
+        code = main(["train", f"--workdir={workdir}", f"--config.steps={steps}", *flags])
+        return code, capsys.readouterr().err
+
+    (folder / "text.txt").write_text((folder / "text.txt").read_text() + "that is another line\n")
+    code, err = go_on(3)
+    assert (
+        code == 1 and "the content of the data: " in err and "texts.data.corpus.sha256" in err and "bytes.train" in err
+    )
+    assert json.loads((workdir / "environment.json").read_text()) == environment
+    code, err = go_on(3, f"--config.data.path={folder / 'other.txt'}", "--accept-changes")
+    assert code == 0, err
+    change = json.loads((workdir / "history.jsonl").read_text().splitlines()[-3])
+    assert change["event"] == "change" and change["step"] == 2
+    assert {"data.path", "the content of the data"} < change["changes"].keys()
+    assert go_on(4)[0] == 0  # the same again is no change
+    saved = json.loads((workdir / "config.json").read_text())["data"]
+    assert saved["path"] == str(folder / "other.txt") and saved["tokenizer"]["path"] == ""
+    assert json.loads((workdir / "environment.json").read_text())["data"]["tokenizer"]["hash"] == tokenizer.hash
+    given = resolve(tree, {"data.path": saved["path"], "data.tokenizer.path": str(workdir / "tokenizer")})
+    own = prepare_data(given.data, context_length=16, batch_size=8, seed=0)
+    same_tokens(restore_run(str(workdir))[0].data, own)
+
+
+@pytest.mark.slow
+def test_an_older_run_that_does_not_tell_of_its_data_goes_on(of_characters, tmp_path):
+    folder, tree = of_characters
+    shutil.copytree(folder / "run", tmp_path / "run")
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    (tmp_path / "run" / "environment.json").write_text(json.dumps({**environment, "data": None}))
+    (folder / "text.txt").write_text((folder / "text.txt").read_text() + "and another line\n")
+    module = importlib.import_module("gpt_jax.train")
+    done = module.train(resolve(tree | {"steps": 3}), str(tmp_path / "run"), log=lambda line: None)
+    assert done["step"] == 3
+
+
 def test_without_a_config_there_must_be_a_run_to_continue(tmp_path, capsys):
     for flags in ([], [f"--workdir={tmp_path}"], [f"--workdir={tmp_path / 'none'}"]):
         assert main(["train", *flags]) == 1
