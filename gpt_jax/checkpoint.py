@@ -33,6 +33,7 @@ from gpt_jax.checkpoint_folder import (
     abstract_of,
     check_fit,
     clean,
+    damaged_frozen,
     flush,
     is_complete,
     is_key,
@@ -299,7 +300,10 @@ def restore_frozen(directory: str | os.PathLike, abstract: Any) -> Any:
     if not jax.tree.leaves(abstract):
         return abstract
     folder = run_folder(directory, "the folder of checkpoints") / "frozen"
-    return restore_exactly(folder, abstract, "the frozen parameters")
+    try:
+        return restore_exactly(folder, abstract, "the frozen parameters")
+    except DamagedCheckpoint as damage:
+        raise damaged_frozen(folder, str(damage)) from damage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -474,13 +478,16 @@ def _naming_the_good_one(folder: pathlib.Path, step: int) -> Iterator[None]:
     try:
         yield
     except DamagedCheckpoint as damage:
-        good = next((s for s in reversed(list_steps(folder)) if s < step and verify(folder, s) is None), None)
         frozen = folder / "frozen"
+        broken = verify_folder(frozen) if frozen.is_dir() else None
+        if broken and verify_folder(folder / str(step)) is None:
+            raise damaged_frozen(frozen, broken) from damage
+        good = next((s for s in reversed(list_steps(folder)) if s < step and verify(folder, s) is None), None)
         if good is None:
             advice = "there is no other good one"
         else:
             advice = f"the newest good one is {good}: delete {folder / str(step)} to go on from there"
-        if frozen.is_dir() and verify_folder(frozen):
+        if broken:
             advice = f"so are the frozen parameters at {frozen}"
         raise DamagedCheckpoint(f"checkpoint {step} in {folder} is damaged ({damage}); {advice}.") from damage
 

@@ -110,6 +110,14 @@ def verify_folder(folder: pathlib.Path) -> str | None:
     return None
 
 
+def damaged_frozen(folder: pathlib.Path, damage: str) -> DamagedCheckpoint:
+    """The error that says where a run's frozen parameters are damaged."""
+    return DamagedCheckpoint(
+        f"the frozen parameters at {folder} are damaged ({damage}); every checkpoint of the run needs them: "
+        "bring that folder back from a copy, or begin the run anew."
+    )
+
+
 def is_complete(folder: pathlib.Path) -> bool:
     """Tells whether a checkpoint, or the frozen parameters, has been written to its end."""
     return (folder / _COMMITTED).exists() if at_store(folder) else folder.is_dir()

@@ -61,10 +61,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command in ("train", "data"):
         parser.add_argument(
             "--config",
-            required=command == "train",
             default="",
             metavar="FILE|NAME",
-            help="a config file, or its name in configs/; --config.KEY=VALUE overrides a key",
+            help="a config file, or its name in configs/; --config.KEY=VALUE overrides a key"
+            + ("; default: that of the run in --workdir" if command == "train" else ""),
         )
     if command == "data":
         parser.add_argument(
@@ -173,10 +173,11 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from gpt_jax.data.command import run_data
     from gpt_jax.objectives.base import Host, rows_of
 
+    tokenizer = None
     if args.workdir:
-        from gpt_jax.run import saved_config
+        from gpt_jax.run import saved_run
 
-        config = configs.resolve(saved_config(args.workdir), overrides)
+        config, _, tokenizer = saved_run(args.workdir, overrides)
     else:
         config = configs.load(args.config, overrides) if args.config else configs.resolve({}, overrides)
     result = run_data(
@@ -188,6 +189,7 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
             config.objective, Host(tokenizer.specials, config.context_length, config.batch_size)
         ),
         show=args.show,
+        tokenizer=tokenizer,
     )
     return _print_json(result)
 
@@ -195,7 +197,7 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from gpt_jax import config as configs
 
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, overrides) if args.config else _config_of_run(args.workdir, overrides)
     if args.print_config:
         from gpt_jax.objectives.base import describe_options
 
@@ -216,6 +218,20 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if is_first():
         _print_json(summary)
     return code
+
+
+def _config_of_run(workdir: str, overrides: dict[str, str]) -> Any:
+    """The config of the run that is to be continued."""
+    from gpt_jax import config as configs
+    from gpt_jax.run import saved_config
+
+    if not workdir:
+        raise UserError("--config is missing: a file, or a name in configs/; or --workdir, of a run to continue.")
+    try:
+        tree = saved_config(workdir)
+    except UserError as error:
+        raise UserError(f"--config is missing, and no run is there to continue: {error}") from None
+    return configs.resolve(tree, overrides)
 
 
 def join_job(args: argparse.Namespace, config: Any) -> None:

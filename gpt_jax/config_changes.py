@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
+from gpt_jax.data.cache import content_hash
 from gpt_jax.errors import UserError
 
 FREE, NUMERICS, IMPOSSIBLE = "free", "numerics", "impossible"
@@ -77,6 +78,8 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 )
 
 
+_SHOWN = 6  # differences of the data that a message names
+
 # Keys of the table's impossible ones for which some pairs of values have the same parameters: those are numerics.
 _SAME_PARAMETERS = {
     "model.ffn": lambda old, new: "swiglu" not in (old, new),
@@ -125,8 +128,8 @@ def classify(key: str) -> tuple[str, str]:
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """Sorts the differences between two resolved configs (nested dicts; lists and tuples count as equal).
 
-    `steps` is free where it grows, with a note if the learning-rate schedule depends on it. `context_length` is
-    impossible where it sizes the table of learned positions.
+    `steps` is free where it grows and no batch depends on it, with a note of what else does: the learning rate, a term
+    of the objective. `context_length` is impossible where it sizes the table of learned positions.
     """
     before, after = flatten(old), flatten(new)
     sorted_changes: dict[str, list[Change]] = {FREE: [], NUMERICS: [], IMPOSSIBLE: []}
@@ -137,7 +140,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         kind, note = classify(key)
         if None not in (a, b):
             if key == "steps" and b > a:
-                kind, note = FREE, _schedule_note(after)
+                kind, note = _more_steps(after)
             if key in _SAME_PARAMETERS and _SAME_PARAMETERS[key](a, b):
                 kind, note = NUMERICS, ""
             if key in ("model.attention", "model.query_block") and after.get("model.dropout"):
@@ -149,6 +152,24 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
                 kind, note = IMPOSSIBLE, "the number of learned positions"
         sorted_changes[kind].append(Change(key, a, b, note))
     return Changes(*(tuple(sorted_changes[kind]) for kind in (FREE, NUMERICS, IMPOSSIBLE)))
+
+
+def compare_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> Change | None:
+    """Returns how the content of the data differs between two `Data.info`, of what both tell; None if it does not.
+
+    The note names what differs. Where the data lie, what they are called and which Python has them is no content.
+    """
+    before, after = (
+        {k: v for k, v in flatten(info).items() if not k.endswith((".store", ".tokens_file", ".files", ".python"))}
+        for info in (then, now)
+    )
+    names = [name for name in before if name in after and before[name] != after[name]]
+    if not names:
+        return None
+    shown = [f"{n} {before[n]} -> {after[n]}" if isinstance(after[n], int | float) else n for n in names[:_SHOWN]]
+    more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    hashes = (content_hash({name: of[name] for name in before if name in after}) for of in (before, after))
+    return Change("the content of the data", *hashes, note=", ".join([*shown, *more]))
 
 
 def decide(changes: Changes, accept: bool, path: Any = "this run") -> list[str]:
@@ -174,6 +195,27 @@ def decide(changes: Changes, accept: bool, path: Any = "this run") -> list[str]:
             "give --accept-changes to go on with the new ones, or undo them."
         )
     return [f"changed (free) {c}" for c in changes.free] + [f"changed (accepted) {c}" for c in changes.numerics]
+
+
+def _more_steps(flat: Mapping[str, Any]) -> tuple[str, str]:
+    """(class, note) of more steps in a run of this config."""
+    if any(str(until).strip().endswith("%") for until, *_ in flat.get("batch_schedule") or ()):
+        return NUMERICS, "batch_schedule has percents of steps: other batches"
+    notes = [_schedule_note(flat), *(f"{key} is a part of steps" for key in _parts_of_steps(flat))]
+    return FREE, "; ".join(note for note in notes if note)
+
+
+def _parts_of_steps(flat: Mapping[str, Any]) -> list[str]:
+    """The keys of the objective, and of the ones it is made of, whose value stands for a part of the run."""
+    from gpt_jax.objectives.base import objective_class
+
+    found = []
+    for key, name in flat.items():
+        if key.startswith("objective.") and key.endswith(".name"):
+            prefix = key.removesuffix("name")
+            options = {k.removeprefix(prefix): value for k, value in flat.items() if k.startswith(prefix)}
+            found += [f"{prefix}{option}" for option in objective_class(name).parts_of_steps(options)]
+    return found
 
 
 def _schedule_note(flat: Mapping[str, Any]) -> str:

@@ -129,13 +129,12 @@ def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, 
 
 
 def _generation(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
-    from gpt_jax.config import resolve
     from gpt_jax.generation_quality import METHODS, evaluate_generation, human_prompts, training_documents
-    from gpt_jax.run import build_run, saved_config
+    from gpt_jax.run import build_run, saved_run
 
     loaded, scorer = open_scorer(args.workdir, overrides, step=args.step, weights=args.weights)
     reference = open_scorer(args.reference, overrides)[1] if args.reference else None
-    data = build_run(resolve(saved_config(args.workdir), overrides), log=lambda line: None).data
+    data = build_run(*saved_run(args.workdir, overrides)).data
     valid = [split for name, split in data.splits.items() if name.rpartition("/")[2] == "valid"]
     if not valid:
         raise UserError(f"the run in {args.workdir!r} holds out no text to take prompts from.")

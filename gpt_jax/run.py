@@ -10,24 +10,27 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
-from gpt_jax.checkpoint import find_checkpoint, restore, restore_frozen
+from gpt_jax.checkpoint import find_checkpoint, list_steps, read_metadata, restore, restore_frozen
 from gpt_jax.config import Config, resolve
-from gpt_jax.data import Data, Loader, prepare_data
+from gpt_jax.data import Data, Loader, Tokenizer, load_tokenizer, prepare_data
 from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.ramp import RampedSource, check_schedule, rows_at, rows_before
+from gpt_jax.data.tokenizer_choice import existing_tokenizer
 from gpt_jax.errors import UserError, choose
 from gpt_jax.eval_step import build_eval_step, build_predict_step
+from gpt_jax.loading import tokenizer_of
 from gpt_jax.model.lora import LORA_BASE
 from gpt_jax.objectives.base import Host, Objective, Setting, build_objective, check_spec, rows_of
 from gpt_jax.optim import check_groups, make_optimizer, make_schedule
 from gpt_jax.remote import run_folder
 from gpt_jax.sharding import AXES, DEFAULT_RULES, batch_shardings, check_rules, make_mesh, path_name
 from gpt_jax.step import TrainStep, build_train_step
-from gpt_jax.workdir import open_workdir
+from gpt_jax.workdir import Workdir, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,13 @@ def check_segments(config: Config, segment: int) -> None:
             )
 
 
-def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
-    """Builds data, model, objective, optimizer and step of a config; raises UserError naming what does not fit."""
+def build_run(config: Config, log: Callable[[str], None] = print, tokenizer: Tokenizer | None = None) -> Run:
+    """Builds data, model, objective, optimizer and step of a config; raises UserError naming what does not fit.
+
+    Args:
+      tokenizer: of a run that was begun (`saved_tokenizer`), which is built again: its tokens stay what they are,
+        whatever its data now are, and its config follows `init.from` no more.
+    """
     if (
         config.deterministic
         and jax.default_backend() == "gpu"
@@ -121,7 +129,8 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         micro=config.batch_size // config.microbatches,
         log=log,
     )
-    config = following_init(config, log)
+    if tokenizer is None:
+        config = following_init(config, log)
     data = prepare_data(
         config.data,
         context_length=config.context_length,
@@ -132,6 +141,7 @@ def build_run(config: Config, log: Callable[[str], None] = print) -> Run:
         rows=lambda tokenizer: rows_of(
             config.objective, Host(tokenizer.specials, config.context_length, config.batch_size)
         ),
+        tokenizer=tokenizer,
         log=log,
     )
     config = fill_in(config, data.tokenizer.vocab_size)
@@ -240,34 +250,49 @@ OWN_MODEL_KEYS = re.compile(
 ROPE_KEYS = ("rope_scaling", "rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_context")
 
 
+def _run_part(source: str) -> str:
+    return re.sub(r"/checkpoints(/\d+)?/*$", "", source)
+
+
 def _run_of(source: str) -> str:
     """The run directory of a run, of its folder of checkpoints or of one checkpoint; "" where there is none."""
-    run = re.sub(r"/checkpoints(/\d+)?/*$", "", source)
+    run = _run_part(source)
     return run if (run_folder(run, "init.from") / "config.json").exists() else ""
 
 
-def following_init(config: Config, log: Callable[[str], None]) -> Config:
+def following_init(config: Config, log: Callable[[str], None], begun: Mapping[str, Any] | None = None) -> Config:
     """A run that starts from another's weights has its model's shape (unless init.model is False) and its tokenizer
-    (unless data.tokenizer.path names one)."""
-    source = _run_of(config.init.source) if config.init.source else ""
-    if not source:
+    (unless data.tokenizer.path names one).
+
+    Args:
+      begun: the saved config of the run itself, if it was begun: it tells what the other had once that one is gone.
+    """
+    given = config.init.source
+    source = _run_of(given) if given else ""
+    if source:
+        path = f"{source.rstrip('/')}/tokenizer"
+        path = path if (run_folder(source, "init.from") / "tokenizer").is_dir() else ""
+        theirs, what = resolve(saved_config(source)), f"of {source}, whose weights the run starts from"
+    elif given and begun and not run_folder(given, "init.from").exists():
+        theirs, what = resolve(begun), f"of {given}, whose weights the run started from, as it has them (that is gone)"
+        path = theirs.data.tokenizer.path
+        path = path if path == f"{_run_part(given).rstrip('/')}/tokenizer" else ""
+    else:
         return config
     if config.init.model:
-        theirs = dataclasses.asdict(resolve(saved_config(source)).model)
+        shape = dataclasses.asdict(theirs.model)
         if config.model.rope_scaling != "none":  # it reads a longer context than theirs
-            theirs = {key: value for key, value in theirs.items() if key not in ROPE_KEYS}
+            shape = {key: value for key, value in shape.items() if key not in ROPE_KEYS}
         changed = {
             key: value
-            for key, value in theirs.items()
+            for key, value in shape.items()
             if value != getattr(config.model, key) and not OWN_MODEL_KEYS.fullmatch(key)
         }
         if changed:
-            shown = ", ".join(f"{key}={value!r}" for key, value in changed.items())
-            log(f"model of {source}, whose weights the run starts from: {shown}")
+            log(f"model {what}: {', '.join(f'{key}={value!r}' for key, value in changed.items())}")
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
-    if not config.data.tokenizer.path and (run_folder(source, "init.from") / "tokenizer").is_dir():
-        log(f"tokenizer of {source}, whose weights the run starts from")
-        path = f"{source.rstrip('/')}/tokenizer"
+    if path and not config.data.tokenizer.path:
+        log(f"tokenizer {what}")
         tokenizer = dataclasses.replace(config.data.tokenizer, path=path, keep=0)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     return config
@@ -339,12 +364,47 @@ def restore_run(
       UserError: no run there, no such checkpoint, a damaged one.
     """
     choose("weights", weights, ("auto", "raw", "ema", "average"))
-    run = build_run(resolve(saved_config(workdir), overrides or {}), log=lambda line: None)
+    run = build_run(*saved_run(workdir, overrides or {}))
     abstract = run.step.abstract_state
     folder, found = find_checkpoint(workdir, step)
     state = restore(folder, found, dataclasses.replace(abstract, frozen={}))
     state = dataclasses.replace(state, frozen=restore_frozen(folder, abstract.frozen))
     return run, state.eval_params(weights), found
+
+
+def saved_run(
+    workdir: str, overrides: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Config, Callable[[str], None], Tokenizer | None]:
+    """Returns what `build_run` takes to build the run in a directory again, silently: whatever text an override names
+    is read with the run's own tokenizer.
+
+    Raises:
+      UserError: no run there; an override of `data.tokenizer` that asks for another one.
+    """
+    tree = saved_config(workdir)
+    with open_workdir(workdir, lock=False) as directory:
+        tokenizer = saved_tokenizer(directory)
+    config, asked = resolve(tree, overrides), [key for key in overrides if key.startswith("data.tokenizer")]
+    if tokenizer and asked and config.data.tokenizer != resolve(tree).data.tokenizer:
+        same = asked == ["data.tokenizer.path"] and existing_tokenizer(config.data.tokenizer).hash == tokenizer.hash
+        if not same:
+            raise UserError(
+                f"--config.{asked[0]}: the run in {workdir!r} has its own tokenizer ({tokenizer.kind}, "
+                f"{tokenizer.vocab_size} tokens), which no other can stand for."
+            )
+    return config, lambda line: None, tokenizer
+
+
+def saved_tokenizer(directory: Workdir) -> Tokenizer | None:
+    """Returns the tokenizer that a run directory, or else its newest checkpoint, holds; None if no run was begun."""
+    if directory.is_new:
+        return None
+    if directory.tokenizer_path.is_dir():
+        return load_tokenizer(directory.tokenizer_path)
+    if not list_steps(directory.checkpoints_path):
+        return None
+    metadata = read_metadata(directory.checkpoints_path)
+    return tokenizer_of(metadata) if metadata.get("tokenizer") else None
 
 
 def saved_config(workdir: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import re
 import tempfile
 import time
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from gpt_jax import distributed, hooks
 from gpt_jax.checkpoint import Checkpointer, restore_subset
 from gpt_jax.config import Config, to_dict
-from gpt_jax.config_changes import compare, decide
+from gpt_jax.config_changes import compare, compare_data, decide
 from gpt_jax.console import Console
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
@@ -31,11 +32,11 @@ from gpt_jax.remote import is_url
 from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import agreed_latest, check_skip, continued_state
-from gpt_jax.run import Run, build_run, placements
+from gpt_jax.run import Run, build_run, following_init, placements, saved_tokenizer
 from gpt_jax.sharding import path_name
 from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
 from gpt_jax.train_state import TrainState, join
-from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir
+from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir, stopped_by_sigterm
 
 
 def train(
@@ -59,19 +60,21 @@ def train(
 
     Raises:
       UserError: a mistake in config or data, a run in use, a damaged checkpoint.
+      Unavailable: asked to stop before the first step.
     """
     started, startup = time.monotonic(), startup or Startup()
-    with open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
+    with stopped_by_sigterm(), open_workdir(workdir) as directory, contextlib.ExitStack() as stack:
         stack.callback(publish_or_say, directory, log)  # however it ends: of one that failed they say why
         log = distributed.said_once(log)
         if not directory.url:
             distributed.check_shared(directory.path)
         distributed.check_devices(config.distributed.devices, config.distributed.device_kind)
         startup.mark("workdir and devices")
-        run = build_run(config, log)
+        config = following_init(config, log, directory.read_config())
+        run = build_run(config, log, saved_tokenizer(directory))
         startup.mark("data and model")
         distributed.check_equal(**{"the data": run.data.fingerprint()})
-        changes = settle_config(run.config, directory, accept_changes, log)
+        changes = settle_changes(run, directory, accept_changes, log)
         checkpointer = stack.enter_context(
             Checkpointer(
                 directory.checkpoints_path,
@@ -126,7 +129,6 @@ def train(
         )
         sample = hooks.Sample(directory, console, sampler(run))
         watch = Watch(directory, run.data.train, run.step, config.seed, writer, config.log.spike_z)
-        stop = stack.enter_context(Preemption())
         trace = Trace(directory.path / "profile", profile)
         stack.callback(trace.close)
 
@@ -139,6 +141,7 @@ def train(
                 log(str(startup))
                 seconds = {name: round(value, 2) for name, value in startup.seconds.items()}
                 directory.write_json("environment.json", environment | {"start_seconds": seconds})
+            stop = stack.enter_context(Preemption())
             for index, batch in loader:
                 trace.before(index + 1, state)
                 state, metrics = step(state, batch)
@@ -204,16 +207,19 @@ def last_validation(directory: Workdir, step: int) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith(("valid/", "tasks/"))}
 
 
-def settle_config(config: Config, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:
-    """Compares a continued run's config with the one it began with; returns the changes to record."""
-    old, new = directory.read_config(), to_dict(config)
-    changes = {}
-    if old is not None:
-        found = compare(old, new)
-        for line in decide(found, accept, directory.name):
-            log(line)
-        changes = found.as_history()
-    return changes
+def settle_changes(run: Run, directory: Workdir, accept: bool, log: Callable[[str], None]) -> dict[str, Any]:
+    """Compares a continued run's config and data with those it had so far; returns the changes to record."""
+    old, new = directory.read_config(), to_dict(run.config)
+    if old is None:
+        return {}
+    found = compare(old, new)
+    data = (directory.read_json("environment.json") or {}).get("data")
+    changed = compare_data(data, json.loads(json.dumps(run.data.info))) if data else None
+    if changed:
+        found = dataclasses.replace(found, numerics=(*found.numerics, changed))
+    for line in decide(found, accept, directory.name):
+        log(line)
+    return found.as_history()
 
 
 def first_state(
@@ -277,10 +283,10 @@ def _not_given(objective: Any, frozen: Any, given: Iterable[str]) -> str:
 
 def record_start(run: Run, directory: Workdir, start: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Writes what is known of a run before its first step; returns what environment.json holds."""
-    environment = directory.write_environment(run.data.info)
     if changes:
         directory.add_history("change", start, changes=changes)
-    directory.write_config(to_dict(run.config))  # after the change is in the history: a kill between loses neither
+    environment = directory.write_environment(run.data.info)  # after the change is in the history: a kill between
+    directory.write_config(to_dict(run.config))  # loses neither
     directory.add_history("resume" if start else "start", start)
     with tempfile.TemporaryDirectory() as folder:
         run.data.tokenizer.save(folder)

@@ -35,7 +35,7 @@ from typing import Any
 import jax
 
 from gpt_jax.data.cache import cache_root, content_hash, locked
-from gpt_jax.errors import UserError
+from gpt_jax.errors import Unavailable, UserError
 from gpt_jax.files import atomic_write, clean_leftovers, explain_no_space, fsync_folder
 from gpt_jax.remote import Remote, download, has_scheme, run_folder, upload
 
@@ -228,7 +228,7 @@ def _open_url(url: str, lock: bool) -> Iterator[Workdir]:
     with _locked(folder, url) if first else contextlib.nullcontext():
         if first:
             clean_leftovers(folder)
-        download(url, _COPIED if first else _READ, folder)
+        download(url, _COPIED if first else (*_READ, "tokenizer"), folder)
         yield Workdir(folder, writes=first, url=url)
 
 
@@ -332,6 +332,35 @@ def _git(*arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, errors="replace"
     ).stdout
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM: like Ctrl-C, nothing on its way that handles errors takes it for one."""
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """While there is nothing to save yet, SIGTERM ends the block at once, with EXIT_PREEMPTED too.
+
+    With several processes jax's own notice of it is left in place, as by `Preemption`.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a fork
+            os._exit(128 + number)
+        raise _Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Stopped:
+        raise Unavailable("asked to stop when there was nothing to save: run the same command again.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Preemption:

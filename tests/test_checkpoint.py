@@ -473,6 +473,20 @@ def test_frozen_parameters_are_stored_once_and_come_back(run_with_frozen):
     assert not any("base" in name or "reference" in name for name in stored)
 
 
+def test_damaged_frozen_parameters_are_named_and_no_checkpoint_is_blamed(run_with_frozen, tmp_path):
+    run, _, frozen = run_with_frozen
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    for file in (folder / "frozen" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-5])
+    for read in (lambda: checkpoint.restore_frozen(folder, abstract(frozen)), lambda: load_params(tmp_path, step=2)):
+        with pytest.raises(checkpoint.DamagedCheckpoint) as error:
+            read()
+        assert f"the frozen parameters at {folder / 'frozen'} are damaged" in str(error.value)
+        assert "checkpoint 2" not in str(error.value)
+
+
 @pytest.mark.parametrize("root", ["params", "ema"])
 def test_load_params_merges_frozen_ones(run_with_frozen, root):
     run, state, frozen = run_with_frozen

@@ -8,7 +8,7 @@ import pytest
 
 from gpt_jax import config_changes
 from gpt_jax.config import Config, describe, dumps, expand_path, find_config, load, loads, resolve, to_dict
-from gpt_jax.config_changes import FREE, IMPOSSIBLE, NUMERICS, classify, compare, decide
+from gpt_jax.config_changes import FREE, IMPOSSIBLE, NUMERICS, classify, compare, compare_data, decide
 from gpt_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -306,6 +306,47 @@ def test_more_steps_say_what_of_the_schedule_depends_on_them(overrides, named):
     for name in named:
         assert name in change.note
     assert bool(change.note) == bool(named)
+
+
+def test_more_steps_are_other_batches_where_the_batch_schedule_has_percents():
+    for schedule, kind in (("[('5%', 16)]", "numerics"), ("[('10', 16)]", "free"), ("[('4Btok', (16, 0))]", "free")):
+        changes = compare(tree(batch_schedule=schedule), tree(batch_schedule=schedule, steps=5000))
+        assert [c.key for c in getattr(changes, kind)] == ["steps"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ({"name": "causal_lm", "reweight": "perplexity"}, "objective.alpha_warmup_steps"),
+        ({"name": "causal_lm", "reweight": "perplexity", "alpha_warmup_steps": 9}, ""),
+        ({"name": "causal_lm"}, ""),
+        ({"name": "masked_lm", "coefs": {"mlm": 1.0, "edit": 0.1}}, "objective.edit_after"),
+        ({"name": "replaced_token", "coefs": {"edit": 0.1}, "edit_after": 0.5}, "objective.edit_after"),
+        ({"name": "masked_lm", "coefs": {"edit": 0.1}, "edit_after": 0.0}, ""),
+        ({"name": "masked_lm"}, ""),
+        (
+            {"name": "mixture", "tasks": {"a": {"name": "masked_lm", "coefs": {"edit": 1.0}}}},
+            "objective.tasks.a.edit_after",
+        ),
+    ],
+)
+def test_more_steps_say_what_of_the_objective_depends_on_them(objective, named):
+    given = {"objective": objective, "optimizer": {"schedule": "constant", "warmup": "10"}}
+    (change,) = compare(to_dict(resolve(given)), to_dict(resolve(given | {"steps": 5000}))).free
+    assert change.note == (f"{named} is a part of steps" if named else "")
+
+
+def test_data_compare_by_what_both_tell_of_their_content():
+    def info(sha256="aa", size=100, **corpus):
+        corpus = {"sha256": sha256, "files": ["a.txt"], "python": "3.11.1", **corpus}
+        return {"texts": {"data": {"store": "here", "corpus": corpus}}, "bytes": {"train": size}}
+
+    moved = info(files=["b.txt"], python="3.11.9", more=1)
+    moved["texts"]["data"]["store"] = "there"
+    assert compare_data(info(), info()) is None and compare_data(info(), moved) is None
+    change = compare_data(info(), info("bb", 120))
+    assert change.old != change.new and change.note == "texts.data.corpus.sha256, bytes.train 100 -> 120"
+    assert compare_data(info("bb", 120), info()).old == change.new
 
 
 def test_refusal_shows_the_differences_and_acceptance_lists_them():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import resolve
+from gpt_jax.errors import UserError
 from gpt_jax.metrics import read_rows
-from gpt_jax.run import build_run, following_init
+from gpt_jax.run import build_run, following_init, restore_run
 from gpt_jax.train import train
 
 TINY = {
@@ -84,6 +85,25 @@ def test_a_config_may_keep_its_own_shape_and_tokenizer(tmp_path):
         followed = following_init(config(init={"from": str(path)}), quiet)
         assert followed.model.num_layers == 3 and followed.model.dropout == 0.0 and followed.model.remat == "none"
         assert followed.data.tokenizer.path == str(source / "tokenizer")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_the_one_it_started_from_is_gone(base, tmp_path):
+    source, workdir = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(base, source)
+    changes = {"init": {"from": str(source)}, "model": {"num_layers": 1, "d_model": 32, "positions": "rope"}}
+    train(config(**changes), str(workdir), log=quiet)
+    before = json.loads((workdir / "config.json").read_text())
+    assert before["model"]["num_layers"] == 2 and before["data"]["tokenizer"]["path"] == str(source / "tokenizer")
+    shutil.rmtree(source)
+    lines = []
+    done = train(config(**changes | {"steps": 6}), str(workdir), log=lines.append)
+    assert done["step"] == 6 and any("that is gone" in line for line in lines)
+    assert json.loads((workdir / "config.json").read_text()) == before | {"steps": 6}
+    run, _, step = restore_run(str(workdir))
+    assert step == 6 and run.config.model.num_layers == 2
+    with pytest.raises(UserError, match="no checkpoint in"):
+        train(config(**changes), str(tmp_path / "another"), log=quiet)
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """`gpt-jax train` continued after kills, on other devices, with changes. At length: scripts/stress_resume.py."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,11 +23,15 @@ from helpers import load_script
 
 from gpt_jax.ablation.cells import final_values
 from gpt_jax.checkpoint import Checkpointer, list_steps
+from gpt_jax.cli import main
 from gpt_jax.config import resolve
+from gpt_jax.data import load_tokenizer, prepare_data
 from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import Unavailable, UserError
+from gpt_jax.evaluate import evaluate_all
 from gpt_jax.metrics import read_rows
 from gpt_jax.resume import agreed_latest, check_skip, continued_state
+from gpt_jax.run import restore_run
 from gpt_jax.train_state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -350,19 +356,36 @@ def test_the_stress_script_says_what_it_takes():
     assert done.returncode == 0 and "--kills" in done.stdout
 
 
-def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
-    module = importlib.import_module("gpt_jax.train")
-    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 40)
-    tree = {
+def small_config(folder, text="to be or not to be, that is the question. ", **data):
+    (folder / "text.txt").write_text(text * 40)
+    return {
         "steps": 5,
         "batch_size": 8,
         "context_length": 16,
         "model": {"num_layers": 1, "d_model": 16, "num_heads": 1},
-        "data": {"path": str(tmp_path / "text.txt"), "tokenizer": {"kind": "byte"}},
+        "data": {"path": str(folder / "text.txt"), "tokenizer": {"kind": "byte"}, **data},
         "eval": {"every_steps": 0},
         "checkpoint": {"every_steps": 0},
         "sample": {"prompts": ()},
     }
+
+
+def test_sigterm_before_the_first_step_exits_75_too_and_the_handler_comes_back(tmp_path, monkeypatch, capsys):
+    module = importlib.import_module("gpt_jax.train")
+    tree = small_config(tmp_path)
+    (tmp_path / "config.py").write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({tree!r})\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, "build_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]) == 75
+    assert "run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
+    module = importlib.import_module("gpt_jax.train")
+    tree = small_config(tmp_path)
     said = []
 
     def fails(*_, **__):
@@ -388,3 +411,92 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"batches before 5 are behind the run, at step 5"):
         module.train(skipping, str(tmp_path / "whole"), accept_changes=True, log=said.append)
     assert again["valid/loss"] == whole["valid/loss"] and again["valid/bits_per_byte"] == whole["valid/bits_per_byte"]
+
+
+OTHER = "an umbrella above us, and rain on it all day long; "  # other frequencies, so other ids of a char tokenizer
+
+
+@pytest.fixture(scope="module")
+def of_characters(tmp_path_factory):
+    """A run of 2 steps on text.txt, beside other.txt: (folder, its config)."""
+    folder = tmp_path_factory.mktemp("characters")
+    tree = small_config(folder, tokenizer={"kind": "char"}, split="tail", valid_fraction=0.3) | {"steps": 2}
+    (folder / "other.txt").write_text(OTHER * 40)
+    importlib.import_module("gpt_jax.train").train(resolve(tree), str(folder / "run"), log=lambda line: None)
+    return folder, tree
+
+
+def same_tokens(data, expected):
+    for name in ("train", "valid"):
+        count = expected.splits[name].num_tokens
+        np.testing.assert_array_equal(data.splits[name].read(0, count), expected.splits[name].read(0, count))
+
+
+@pytest.mark.slow
+def test_another_text_is_read_with_the_runs_own_tokenizer(of_characters, capsys):
+    folder, tree = of_characters
+    path = {"data.path": str(folder / "other.txt")}
+    run, params, step = restore_run(str(folder / "run"), overrides=path)
+    given = resolve(tree, path | {"data.tokenizer.path": str(folder / "run" / "tokenizer")})
+    own = prepare_data(given.data, context_length=16, batch_size=8, seed=0)
+    same_tokens(run.data, own)
+    expected = evaluate_all(dataclasses.replace(run, data=own), params, step=step)
+    capsys.readouterr()
+    flag = f"--config.data.path={folder / 'other.txt'}"
+    assert main(["eval", f"--workdir={folder / 'run'}", flag]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["valid/loss"] == expected["valid/loss"] and found["valid/bits_per_byte"] < 12
+    for key, value in (("kind", "byte"), ("vocab_size", "9")):
+        assert main(["eval", f"--workdir={folder / 'run'}", flag, f"--config.data.tokenizer.{key}={value}"]) == 1
+        assert f"data.tokenizer.{key}: the run in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_other_data_are_refused_or_recorded_and_keep_the_ids(of_characters, tmp_path, capsys):
+    folder, tree = of_characters
+    workdir = tmp_path / "run"
+    shutil.copytree(folder / "run", workdir)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    environment = json.loads((workdir / "environment.json").read_text())
+
+    def go_on(steps, *flags):
+        code = main(["train", f"--workdir={workdir}", f"--config.steps={steps}", *flags])
+        return code, capsys.readouterr().err
+
+    (folder / "text.txt").write_text((folder / "text.txt").read_text() + "that is another line\n")
+    code, err = go_on(3)
+    assert (
+        code == 1 and "the content of the data: " in err and "texts.data.corpus.sha256" in err and "bytes.train" in err
+    )
+    assert json.loads((workdir / "environment.json").read_text()) == environment
+    code, err = go_on(3, f"--config.data.path={folder / 'other.txt'}", "--accept-changes")
+    assert code == 0, err
+    change = json.loads((workdir / "history.jsonl").read_text().splitlines()[-3])
+    assert change["event"] == "change" and change["step"] == 2
+    assert {"data.path", "the content of the data"} < change["changes"].keys()
+    assert go_on(4)[0] == 0  # the same again is no change
+    saved = json.loads((workdir / "config.json").read_text())["data"]
+    assert saved["path"] == str(folder / "other.txt") and saved["tokenizer"]["path"] == ""
+    assert json.loads((workdir / "environment.json").read_text())["data"]["tokenizer"]["hash"] == tokenizer.hash
+    given = resolve(tree, {"data.path": saved["path"], "data.tokenizer.path": str(workdir / "tokenizer")})
+    own = prepare_data(given.data, context_length=16, batch_size=8, seed=0)
+    same_tokens(restore_run(str(workdir))[0].data, own)
+
+
+@pytest.mark.slow
+def test_an_older_run_that_does_not_tell_of_its_data_goes_on(of_characters, tmp_path):
+    folder, tree = of_characters
+    shutil.copytree(folder / "run", tmp_path / "run")
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    (tmp_path / "run" / "environment.json").write_text(json.dumps({**environment, "data": None}))
+    (folder / "text.txt").write_text((folder / "text.txt").read_text() + "and another line\n")
+    module = importlib.import_module("gpt_jax.train")
+    done = module.train(resolve(tree | {"steps": 3}), str(tmp_path / "run"), log=lambda line: None)
+    assert done["step"] == 3
+
+
+def test_without_a_config_there_must_be_a_run_to_continue(tmp_path, capsys):
+    for flags in ([], [f"--workdir={tmp_path}"], [f"--workdir={tmp_path / 'none'}"]):
+        assert main(["train", *flags]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("gpt-jax: --config is missing") and err.count("\n") == 1

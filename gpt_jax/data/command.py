@@ -26,6 +26,7 @@ def run_data(
     seed: int,
     rows: Callable[[Tokenizer], Any] | None = None,
     show: int = 0,
+    tokenizer: Tokenizer | None = None,
     cache_dir: str | pathlib.Path | None = None,
     log: Log | None = print,
     stream: TextIO | None = None,
@@ -42,7 +43,14 @@ def run_data(
     """
     stream = stream or sys.stdout
     prepared = prepare_data(
-        data, context_length=context_length, batch_size=batch_size, seed=seed, rows=rows, cache_dir=cache_dir, log=log
+        data,
+        context_length=context_length,
+        batch_size=batch_size,
+        seed=seed,
+        rows=rows,
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+        log=log,
     )
     report = statistics(prepared)
     print(table(report), file=stream)

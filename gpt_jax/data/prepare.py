@@ -72,6 +72,7 @@ def prepare_data(
     rows: Callable[[Tokenizer], Any] | None = None,
     eval_batch_size: int = 0,
     batch_schedule: Sequence[tuple[int, int]] = (),
+    tokenizer: Tokenizer | None = None,
     cache_dir: str | pathlib.Path | None = None,
     log: Log | None = print,
 ) -> Data:
@@ -86,6 +87,7 @@ def prepare_data(
         or {part: Part}.
       eval_batch_size: rows of a validation batch; 0 is batch_size.
       batch_schedule: ((until batch index, rows), ...) of `resolve_batch_schedule`.
+      tokenizer: of a run that was begun; None: the one that data.tokenizer asks for.
       cache_dir: where tokenizers and stores are kept; default $GPT_JAX_CACHE, else ~/.cache/gpt_jax.
       log: takes lines for people; None is silent.
 
@@ -102,7 +104,8 @@ def prepare_data(
         log or (lambda line: None),
     )
     texts = texts_of(data)
-    tokenizer = open_tokenizer(data.tokenizer, texts, _corpora(texts, place.root), place.root, place.log)
+    if tokenizer is None:
+        tokenizer = open_tokenizer(data.tokenizer, texts, _corpora(texts, place.root), place.root, place.log)
     wanted = rows(tokenizer) if rows is not None else None
     if not isinstance(wanted, Mapping):
         return _prepare(data, wanted, tokenizer, batch_size, place)

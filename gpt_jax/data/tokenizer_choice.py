@@ -24,7 +24,7 @@ def open_tokenizer(
 ) -> Tokenizer:
     choose("data.tokenizer.kind", config.kind, KINDS)
     if config.path:
-        return _truncated(_existing_tokenizer(config), config, texts, corpora, root, say)
+        return _truncated(existing_tokenizer(config), config, texts, corpora, root, say)
     for text in texts:
         if text.path and is_store(expand_variables(text.path)):
             return open_store(expand_variables(text.path)).load_tokenizer()
@@ -64,7 +64,8 @@ def _in_turn(texts: Sequence[Iterable[str]]) -> Iterator[str]:
         yield from (text for text in group if text is not None)
 
 
-def _existing_tokenizer(config: Any) -> Tokenizer:
+def existing_tokenizer(config: Any) -> Tokenizer:
+    """The tokenizer at `config.path`, whole; raises UserError if there is none."""
     from gpt_jax.data.byte_level_bpe import HuggingFaceTokenizer, load_gpt2
 
     if is_url(config.path):

@@ -116,7 +116,7 @@ def name_culprit(run: Run, state: Any, batch: Any) -> Any:
     """Walks through the step with one micro-batch: the same sums, in an order in which rows keep their places."""
     config = run.config
     if config.microbatches > 1:
-        single = build_run(dataclasses.replace(config, microbatches=1), log=lambda line: None)
+        single = build_run(dataclasses.replace(config, microbatches=1), lambda line: None, run.data.tokenizer)
         run = dataclasses.replace(run, step=single.step)
     rows = run.objective.num_rows(batch)
     period = len(config.model.pattern)

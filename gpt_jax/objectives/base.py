@@ -137,6 +137,13 @@ class Objective(abc.ABC):
         raise NotImplementedError
 
     @classmethod
+    def parts_of_steps(cls, options: Mapping[str, Any]) -> Sequence[str]:
+        """Returns the options, left out ones too, that stand for a part of the run's steps (nested ones: 'coefs.edit').
+
+        Of a run that goes on to more steps they are named: what they say changes."""
+        return ()
+
+    @classmethod
     def build(cls, options: Mapping[str, Any], setting: Setting) -> Objective:
         """Makes the objective of a config's options; unknown ones are an error naming the closest."""
         return cls(model=Transformer(setting.model), **check_options(cls, options))

@@ -19,7 +19,7 @@ and the loss is sum_i w_i sum_{t in i} loss_t / sum_i w_i n_i. The score s_i by 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,6 +81,11 @@ class CausalLM(Objective):
         if objective.alpha_warmup_steps == 0:
             objective = dataclasses.replace(objective, alpha_warmup_steps=setting.steps // 10)
         return objective
+
+    @classmethod
+    def parts_of_steps(cls, options: Mapping[str, Any]) -> Sequence[str]:
+        relative = options.get("reweight") in ("perplexity", "excess") and not options.get("alpha_warmup_steps")
+        return ("alpha_warmup_steps",) if relative else ()
 
     @property
     def uses_reference(self) -> bool:

@@ -28,7 +28,7 @@ gpt_jax/edit_distance.py). On single tokens it says no more than whether they ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -103,6 +103,10 @@ class MaskedLM(Objective):
         ids = dict(mask_token=setting.special("mask"), specials=tuple(setting.specials.values()))
         objective = cls(model=Transformer(setting.model), **ids, **check_options(cls, options))
         return with_edit_schedule(objective, setting.steps)
+
+    @classmethod
+    def parts_of_steps(cls, options: Mapping[str, Any]) -> Sequence[str]:
+        return ("edit_after",) if options.get("coefs.edit") and options.get("edit_after", cls.edit_after) else ()
 
     @property
     def where(self) -> str:

@@ -16,7 +16,7 @@ Where the discriminator knows nothing, its least loss is the entropy of the part
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -82,6 +82,10 @@ class ReplacedToken(Objective):
         return with_edit_schedule(
             cls(model=Transformer(setting.model), **ids, **check_options(cls, options)), setting.steps
         )
+
+    @classmethod
+    def parts_of_steps(cls, options: Mapping[str, Any]) -> Sequence[str]:
+        return ("edit_after",) if options.get("coefs.edit") and options.get("edit_after", cls.edit_after) else ()
 
     @property
     def masked_lm(self) -> MaskedLM:
