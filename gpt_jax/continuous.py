@@ -20,7 +20,15 @@ from flax import struct
 from jax import Array, lax
 
 from gpt_jax.errors import UserError
-from gpt_jax.generation import MAX_ROWS, bucket, check_prompts, enter_pieces, make_requests, prefill_piece
+from gpt_jax.generation import (
+    MAX_ROWS,
+    bucket,
+    check_prompts,
+    enter_pieces,
+    make_requests,
+    prefill_piece,
+    slots_for,
+)
 from gpt_jax.model import Cache, Transformer
 from gpt_jax.model.cache import ring_slots
 from gpt_jax.model.decoding import decoding_params
@@ -82,7 +90,7 @@ def generate_continuously(
     seeds = list(seeds) if seeds is not None else list(range(len(ids)))
     sampling, longest = sampling or Sampling(), max(map(len, ids), default=1)
     B = bucket(min(rows, max(1, len(ids))))
-    slots = bucket(longest, least=16) + bucket(max_tokens, least=16)
+    slots = bucket(longest, least=16) + slots_for(max_tokens)
     params = decoding_params(model.config, params, jax.default_backend() == "cpu" and B > 1)
     filters, end = sampling.filters(), np.int32(-1 if eot is None else eot)
     state = _empty(model, B, slots, filters.repetition_penalty is not None)

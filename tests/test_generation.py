@@ -8,7 +8,7 @@ from helpers import VOCAB, params_of, tiny, tokens
 from scipy import stats
 
 from gpt_jax.errors import UserError
-from gpt_jax.generation import Sampling, filter_logits, generate, penalise, sample_token, stream_batch
+from gpt_jax.generation import Sampling, filter_logits, generate, penalise, sample_token, slots_for, stream_batch
 from gpt_jax.model import Mask, Transformer
 from gpt_jax.model.decoding import Transposed
 from gpt_jax.model.derivatives import multiply
@@ -162,6 +162,12 @@ def test_finished_rows_stay_as_they_are_and_end_the_loop():
     assert ended[0] == free[0][: free[0].index(eot)]
     expected = free[1][: free[1].index(eot)] if eot in free[1] else free[1]
     assert ended[1] == expected
+
+
+def test_slots_are_enough_and_few():
+    assert [slots_for(n) for n in (1, 16, 17, 100, 112, 240, 257, 1000)] == [16, 16, 32, 112, 112, 240, 288, 1024]
+    for n in range(1, 5000):
+        assert n <= slots_for(n) <= max(n + 15, n * 9 / 8)
 
 
 def test_chunks_are_the_whole():
