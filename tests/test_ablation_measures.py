@@ -37,3 +37,14 @@ def test_human_text_is_cut_to_the_lengths_and_no_token_comes_twice(monkeypatch):
     used = [token for row in got for token in row]
     assert len(set(used)) == len(used) and not set(used) & {0, 21, 22, 23}
     assert all(np.diff(row).tolist() == [1] * (len(row) - 1) for row in got)
+
+
+def test_a_metric_that_no_run_has_is_named_with_those_there_are():
+    from gpt_jax.ablation.report import study_page
+    from gpt_jax.ablation.results import Result, Study
+
+    runs = {seed: Result({"valid/real/nll": 1.0 + seed}, [], 1, None) for seed in (1, 2)}
+    page, numbers = study_page(Study("t", "?", {"a": runs, "b": runs}, "a", ("valid/nll",)))
+    assert not numbers and "No run has valid/nll; they have valid/real/nll." in page.markdown()
+    page, _ = study_page(Study("t", "?", {"a": runs, "b": runs}, "a", ("valid/real/nll",)))
+    assert "No run has" not in page.markdown()

@@ -44,7 +44,7 @@ def get_ablation():
             "real and generated, reweighted by perplexity": {**mixed, "objective.reweight": "perplexity"},
             "real and generated, reweighted by excess": {**mixed, **excess},
         },
-        metrics=("valid/bits_per_byte",),
+        metrics=("valid/real/bits_per_byte",),
         reading="Validation is on real text in every arm. One generator of the same size, trained as long on the same "
         "real text, wrote all generated text; seeds differ in initial weights and order.",
     )

@@ -49,6 +49,9 @@ def study_page(study: Study) -> tuple[Page, dict[str, Any]]:
         page.warn(f"Cells were run by several versions of the code ({shown}).")
     compared = {metric: compare(study, metric) for metric in study.metrics}
     compared = {metric: rows for metric, rows in compared.items() if rows}
+    found = sorted({name for of_arm in study.results.values() for result in of_arm.values() for name in result.values})
+    if absent := [metric for metric in study.metrics if found and metric not in found]:
+        page.warn(f"No run has {', '.join(absent)}; they have {', '.join(found)}.")
     if not compared:
         page.text("Nothing to compare yet.")
         return page, {}
