@@ -21,7 +21,7 @@ from gpt_jax.predictions import spread
 from gpt_jax.score import Scorer, split_pair
 from gpt_jax.text_quality import bootstrap, copied_counts, ngrams, self_bleu_scores, seq_rep_n
 
-# The settings of `generate`, or of `beam_search` where there are beams.
+# The settings of `generate`, of `beam_search` where there are beams, of `contrastive_search` where there is a k.
 METHODS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "beam_4": {"beams": 4, "alpha": 0.6},
@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "top_k_40": {"temperature": 1.0, "top_k": 40},
     "top_p_0.95": {"temperature": 1.0, "top_p": 0.95},
     "min_p_0.1": {"temperature": 1.0, "min_p": 0.1},
+    "contrastive_4": {"k": 4, "alpha": 0.6},
     "repetition_1.2": {"temperature": 1.0, "repetition_penalty": 1.2},
 }
 _TRIED = 20  # places looked at for each prompt
@@ -190,6 +191,10 @@ def _generate(
 
         found = beam_search(scorer.model, scorer.params, ids, max_tokens=new, eot=scorer.eot, **settings)
         return [hypotheses[0][0] for hypotheses in found]
+    if "k" in settings:
+        from gpt_jax.contrastive import contrastive_search
+
+        return contrastive_search(scorer.model, scorer.params, ids, max_tokens=new, eot=scorer.eot, **settings)
     seeds = [seed + i for i in range(len(ids))]
     return generate(scorer.model, scorer.params, ids, max_tokens=new, eot=scorer.eot, seeds=seeds, **settings)
 

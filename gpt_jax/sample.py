@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, help="default: 1, off")
     parser.add_argument("--beams", type=int, default=0, help="beam search with so many beams in place of sampling")
     parser.add_argument("--length-penalty", type=float, default=0.6, help="beams: log P / ((5 + n) / 6)^this")
+    parser.add_argument(
+        "--contrastive", type=float, metavar="ALPHA", help="contrastive search of this weight (0.6) among --top-k (4)"
+    )
     parser.add_argument("--choice", action="append", default=[], help="answer with one of the texts so given")
     parser.add_argument("--normalise", default="sum", help="of choices: sum | token | byte | unconditional")
     parser.add_argument("--logprobs", action="store_true", help="with --json: each new token's log-probability")
@@ -85,9 +88,16 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         )
     if args.choice and (args.beams or args.interactive or args.html or args.stop):
         raise UserError("--choice goes without --beams, --interactive, --html and --stop.")
-    unread = {"--choice": (*_SAMPLER, "num_samples", "max_tokens"), "--beams": ("temperature", *_SAMPLER)}
+    if args.contrastive is not None and (args.beams or args.choice or args.interactive):
+        raise UserError("--contrastive goes without --beams, --choice and --interactive.")
+    unread = {
+        "--choice": (*_SAMPLER, "num_samples", "max_tokens"),
+        "--beams": ("temperature", *_SAMPLER),
+        "--contrastive": ("temperature", "top_p", "min_p", "repetition_penalty", "num_samples"),
+    }
     for flag, names in unread.items():
-        for name in names if getattr(args, flag[2:]) else ():
+        asked = getattr(args, flag[2:])
+        for name in names if asked or (asked == 0.0 and flag == "--contrastive") else ():
             if name in given:
                 raise UserError(f"{flag} goes without --{name.replace('_', '-')}, which is {given[name]}.")
     if args.choice and args.logprobs:
@@ -104,8 +114,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
             "start one that does from its weights (init.from)."
         )
     if run.bidirectional_prompt:
-        for flag in ("beams", "choice", "html", "logprobs"):
-            if getattr(args, flag):
+        for flag in ("beams", "choice", "contrastive", "html", "logprobs"):
+            if getattr(args, flag) not in (None, 0, False, "", []):
                 raise UserError(
                     f"--{flag} reads a prompt from left to right, but the run in {args.workdir!r} was trained to see "
                     "all of it at once (objective.mask=prefix)."
@@ -127,9 +137,10 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         return _print_choices(run, prompts, args, sampling)
     room = _room(run, prompts, args.max_tokens, "max_tokens" in given, args.overflow)
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    live = sys.stdout if len(repeated) == 1 and not (args.json or args.beams or args.html) else None
-    if args.beams:
-        rows = _search(run, prompts, args, **room)
+    searches = args.beams or args.contrastive is not None
+    live = sys.stdout if len(repeated) == 1 and not (args.json or searches or args.html) else None
+    if searches:
+        rows = _search(run, prompts, args, given.get("top_k", 4), **room)
     else:
         settings |= dict(room, seed=args.seed)
         found = continue_prompts(run, repeated, live=live, **settings)
@@ -199,27 +210,30 @@ def _room(run: Loaded, prompts: Sequence[str], max_tokens: int, given: bool, ove
 
 
 def _search(
-    run: Loaded, prompts: Sequence[str], args: argparse.Namespace, max_tokens: int, fit: Fit
+    run: Loaded, prompts: Sequence[str], args: argparse.Namespace, k: int, max_tokens: int, fit: Fit
 ) -> list[dict[str, Any]]:
-    """The best `num_samples` texts of each prompt by beam search; what is after a stop string is cut off."""
-    from gpt_jax.beam import beam_search
+    """The best `num_samples` texts of each prompt by beam search, or the one of contrastive search among k candidates.
 
-    found = beam_search(
-        run.model,
-        run.params,
-        [fit(_prompt_ids(run, prompt)) for prompt in prompts],
-        max_tokens=max_tokens,
-        beams=args.beams,
-        alpha=args.length_penalty,
-        eot=run.tokenizer.eot,
-        results=args.num_samples,
-    )
+    What is after a stop string is cut off.
+    """
+    from gpt_jax.beam import beam_search
+    from gpt_jax.contrastive import contrastive_search
+
+    ids, settings = [fit(_prompt_ids(run, prompt)) for prompt in prompts], dict(max_tokens=max_tokens)
+    settings |= dict(eot=run.tokenizer.eot)
+    if args.beams:
+        settings |= dict(beams=args.beams, alpha=args.length_penalty, results=args.num_samples)
+        found = beam_search(run.model, run.params, ids, **settings)
+    else:
+        new = contrastive_search(run.model, run.params, ids, k=k, alpha=args.contrastive, **settings)
+        found = [[(row, None)] for row in new]
     rows = []
     for prompt, hypotheses in zip(prompts, found, strict=True):
         for new, score in hypotheses:
             writer = _Writer(run.tokenizer, _prompt_ids(run, prompt), args.stop, None)
             writer.push(new, None)
-            rows.append({"prompt": prompt, "text": writer.finish(), "score": score, "ids": writer.ids})
+            row = {"prompt": prompt, "text": writer.finish(), "ids": writer.ids}
+            rows.append(row if score is None else {**row, "score": score})
     return rows
 
 

@@ -70,7 +70,7 @@ def test_greedy_repeats_more_than_sampling_and_a_copy_is_one():
     words = [" ".join("".join(rng.choice(list("abcde"), 3)) for _ in range(12)) for _ in range(8)]
     given = Prompts([list(text.encode())[:6] for text in words], [list(text.encode())[6:] for text in words])
     training = [" ".join(word[6:].split()) for word in words[:4]]  # the human continuations of half the prompts
-    methods = ["greedy", "sample", "beam_4", "repetition_1.2"]
+    methods = ["greedy", "sample", "beam_4", "contrastive_4", "repetition_1.2"]
     found = evaluate_generation(scorer, given, training, methods=methods)
     assert list(found) == ["human", *methods]
     assert found["repetition_1.2"]["perplexity"] != found["sample"]["perplexity"]  # other texts from the same seeds

@@ -16,6 +16,7 @@ from test_sample_command import save_run
 import gpt_jax
 from gpt_jax.choice import choose_texts
 from gpt_jax.cli import main
+from gpt_jax.contrastive import contrastive_search
 from gpt_jax.sample import continue_prompts, continue_texts
 from gpt_jax.sample_page import look_at
 from gpt_jax.sampling import Sampling
@@ -138,6 +139,19 @@ def test_a_prompt_too_long_names_the_policies(run, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_contrastive_search_from_the_command(run, capsys):
+    loaded = gpt_jax.load(run)
+    prompts = ["x", "hello"]
+    flags = [*(f"--prompt={p}" for p in prompts), "--max-tokens=8"]
+    rows = samples(capsys, run, *flags, "--contrastive=0.7", "--top-k=6")
+    ids = [[256, *p.encode()] for p in prompts]
+    found = contrastive_search(loaded.model, loaded.params, ids, max_tokens=8, k=6, alpha=0.7, eot=256)
+    assert [row["text"] for row in rows] == [loaded.tokenizer.decode(new) for new in found]
+    greedy = samples(capsys, run, *flags, "--temperature=0")
+    alike = samples(capsys, run, *flags, "--contrastive=0")
+    assert [row["text"] for row in alike] == [row["text"] for row in greedy]
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 USE = """
 const say = (name, value) => document.body.setAttribute("data-" + name, value);
@@ -183,6 +197,10 @@ def test_a_token_shows_its_alternatives_and_its_colour_in_a_browser(run, capsys,
         (["--choice=a", "--choice=b", "--top-k=0"], "--choice goes without --top-k, which is 0"),
         (["--choice=a", "--choice=b", "--top-p=0.95"], "--choice goes without --top-p, which is 0.95"),
         (["--choice=a", "--choice=b", "--json", "--logprobs"], "--choice goes without --logprobs"),
+        (["--contrastive=0.6", "--beams=2"], "--contrastive goes without --beams"),
+        (["--contrastive=0.0", "--temperature=1"], "--contrastive goes without --temperature, which is 1.0"),
+        (["--contrastive=1.5"], "alpha is 1.5"),
+        (["--contrastive=0.5", "--top-k=0"], "k is 0"),
         (["--beams=2", "--temperature=0.5"], "--beams goes without --temperature, which is 0.5"),
         (["--beams=2", "--repetition-penalty=1.2"], "--beams goes without --repetition-penalty, which is 1.2"),
     ],

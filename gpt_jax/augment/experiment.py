@@ -104,22 +104,24 @@ class Experiment:
         self.generators: dict[str, Any] = {}
         protocol = {**dataclasses.asdict(protocol), "splits": 0}  # more splits may follow
         runs = [run and [run.step, to_dict(run.config)] for run in (models.base, models.mlm, models.rtd)]
-        data = [task.name, task.labels, [(e.text, e.label) for e in (*self.pool, *self.test)], self.neighbours]
-        self.recipe = content_hash([dict(objective), dataclasses.asdict(recipe), protocol, runs, data])
+        data = [task.name, task.labels, [(e.text, e.label) for e in (*self.pool, *self.test)]]
+        same = content_hash([dict(objective), dataclasses.asdict(recipe), protocol, runs, data])
+        # A hash of all that an arm's results rest on but the code.
+        self.recipes = {arm: content_hash([same, self.neighbours if arm == "eda" else {}]) for arm in ARMS}
 
     def run(self, arms: Sequence[str]) -> list[dict[str, Any]]:
         """Runs what is not in results.jsonl yet; returns all rows of these arms."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "results.jsonl"
         rows = read_results(path)
-        if any(row.get("recipe") != self.recipe for row in rows):
+        if any(row.get("recipe") != self.recipes[row["arm"]] for row in rows if row["arm"] in arms):
             raise UserError(f"{path} has results of another recipe or protocol: give another --out, or delete it.")
         done = {(row["split"], row["arm"]) for row in rows}
         for split in range(self.protocol.splits):
             for arm in arms:
                 if (split, arm) in done:
                     continue
-                row = {"recipe": self.recipe, "split": split, "arm": arm, **self.one(split, arm)}
+                row = {"recipe": self.recipes[arm], "split": split, "arm": arm, **self.one(split, arm)}
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)
