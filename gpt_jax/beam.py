@@ -17,7 +17,7 @@ from flax import struct
 from jax import Array, lax
 
 from gpt_jax.errors import UserError
-from gpt_jax.generation import batches_by_length, bucket, check_prompts
+from gpt_jax.generation import batches_by_length, bucket, check_prompts, pad_left, positions_of
 from gpt_jax.model import Cache, Transformer
 from gpt_jax.model.cache import ring_slots
 from gpt_jax.model.decoding import decoding_params
@@ -81,10 +81,8 @@ def beam_search(
     most = max(1, _ROWS // beams)
     for group in batches_by_length(ids):
         for rows in (group[i : i + most] for i in range(0, len(group), most)):
-            B, T = bucket(len(rows)), bucket(max(len(ids[row]) for row in rows), least=16)
-            tokens, lengths = np.zeros((B, T), np.int32), np.ones(B, np.int32)
-            for i, row in enumerate(rows):
-                tokens[i, T - len(ids[row]) :], lengths[i] = ids[row], len(ids[row])
+            tokens, lengths = pad_left([ids[row] for row in rows])
+            lengths = np.maximum(lengths, 1)  # of rows without a prompt
             size = bucket(max_tokens, least=8)
             final = _search(
                 model,
@@ -118,8 +116,7 @@ def _search(
 ) -> Beams:
     B, T = tokens_BxT.shape
     V = model.config.vocab_size
-    positions = jnp.arange(T) - (T - lengths_B)[:, None]
-    positions = jnp.where(positions >= 0, positions, -1)
+    positions = positions_of(lengths_B, T)
 
     def logits_of(hidden: Array) -> Array:
         logits = model.apply({"params": params}, hidden[:, -1], method="unembed")[:, :V]

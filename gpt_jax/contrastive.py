@@ -17,7 +17,7 @@ from flax import struct
 from jax import Array, lax
 
 from gpt_jax.errors import UserError
-from gpt_jax.generation import batches_by_length, bucket, check_prompts, slots_for
+from gpt_jax.generation import batches_by_length, check_prompts, pad_left, positions_of, slots_for
 from gpt_jax.model import Cache, Transformer
 from gpt_jax.model.cache import ring_slots
 from gpt_jax.model.decoding import decoding_params
@@ -72,10 +72,7 @@ def contrastive_search(
     most = max(1, _ROWS // k)
     for group in batches_by_length(ids):
         for rows in (group[i : i + most] for i in range(0, len(group), most)):
-            B, T = bucket(len(rows)), bucket(max(len(ids[row]) for row in rows), least=16)
-            tokens, lengths = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
-            for i, row in enumerate(rows):
-                tokens[i, T - len(ids[row]) :], lengths[i] = ids[row], len(ids[row])
+            tokens, lengths = pad_left([ids[row] for row in rows])
             limits = (np.int32(max_tokens), np.float32(alpha), np.int32(-1 if eot is None else eot))
             found = np.asarray(_search(model, k, slots_for(max_tokens), prepared, tokens, lengths, *limits))
             for i, row in enumerate(rows):
@@ -98,8 +95,7 @@ def _search(
 ) -> Array:
     B, T = tokens_BxT.shape
     V = model.config.vocab_size
-    positions = jnp.arange(T) - (T - lengths_B)[:, None]
-    positions = jnp.where(positions >= 0, positions, -1)
+    positions = positions_of(lengths_B, T)
 
     def run(tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
         return model.apply({"params": params}, tokens, positions=positions, cache=cache, method="encode")

@@ -73,8 +73,7 @@ def _prefill(
     """Runs the prompts and draws the first token of each; `size` is the most tokens that there may be."""
     B, T = requests.tokens_BxT.shape
     V = model.config.vocab_size
-    positions = jnp.arange(T) - (T - requests.lengths_B)[:, None]
-    positions_BxT = jnp.where(positions >= 0, positions, -1)
+    positions_BxT = positions_of(requests.lengths_B, T)
     seen = jnp.zeros((B, 0), bool)
     if requests.filters.repetition_penalty is not None:
         rows = jnp.arange(B)[:, None]
@@ -205,15 +204,28 @@ def check_prompts(
     return out
 
 
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as (tokens [B, T], lengths [B]), both rounded up: the last token of each in the last place."""
+    B, T = bucket(len(prompts)), bucket(max(map(len, prompts)), least=16)
+    tokens, lengths = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, T - len(prompt) :], lengths[row] = prompt, len(prompt)
+    return tokens, lengths
+
+
+def positions_of(lengths_B: Array, T: int) -> Array:
+    """The position of each token of prompts padded on the left, [B, T]; -1 is padding."""
+    positions = jnp.arange(T) - (T - lengths_B)[:, None]
+    return jnp.where(positions >= 0, positions, -1)
+
+
 def make_requests(
     prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, eot: int | None
 ) -> Requests:
     """Lays prompts out as a batch: rows beyond them, up to a round number, have length 0 and have ended already."""
-    B, T = bucket(len(prompts)), bucket(max(map(len, prompts)), least=16)
-    tokens, lengths, numbers = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.uint32)
-    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        tokens[row, T - len(prompt) :] = prompt
-        lengths[row], numbers[row] = len(prompt), seed & 0xFFFFFFFF
+    tokens, lengths = pad_left(prompts)
+    numbers = np.zeros(len(lengths), np.uint32)
+    numbers[: len(prompts)] = [seed & 0xFFFFFFFF for seed in seeds]
     keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(numbers)
     return Requests(tokens, lengths, keys, sampling.filters(), np.int32(-1 if eot is None else eot))
 
