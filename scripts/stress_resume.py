@@ -195,7 +195,7 @@ def check_skip(folder: pathlib.Path, skip: tuple[int, int], steps: int) -> dict[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=400, help="of the killed run")
+    parser.add_argument("--steps", type=int, default=600, help="of the killed run")
     parser.add_argument("--half", type=int, default=100, help="steps compared after a move to other devices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", default="", help="where the runs go; default: a temporary folder")
