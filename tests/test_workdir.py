@@ -64,8 +64,11 @@ def test_a_forked_worker_does_not_keep_the_lock_of_its_killed_parent(tmp_path):
         import multiprocessing, os, sys, time
         from gpt_jax.workdir import open_workdir
         with open_workdir(sys.argv[1]):
-            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            here, there = multiprocessing.Pipe()
+            nap = lambda: (there.send("awake"), time.sleep(60))
+            worker = multiprocessing.get_context("fork").Process(target=nap)
             worker.start()
+            here.recv()  # it has begun, and left the lock
             print(worker.pid, flush=True)
             time.sleep(60)
         """,
