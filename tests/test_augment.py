@@ -447,6 +447,11 @@ def test_a_generated_corpus_is_a_store_that_pre_training_mixes_in(lm, tmp_path, 
     fewer = run(capsys, f"--out={tmp_path / 'all'}", *flags[:2], "--documents=3", "--max-tokens=60", "--seed=1")
     assert open_store(fewer["store"]).manifest["corpus"]["documents"] == fewer["documents"] <= 3  # not the old ones
     summary = run(capsys, *flags, f"--out={tmp_path / 'all'}")
+    own = tmp_path / "own" / "store"
+    own.mkdir(parents=True)
+    (own / "notes.txt").write_text("a user's")
+    assert main(["augment", *flags, f"--out={own.parent}"]) == 1
+    assert "that is no generated text" in capsys.readouterr().err and [f.name for f in own.iterdir()] == ["notes.txt"]
     banded = run(capsys, *flags, f"--reference={lm}", "--band=0.2,0.8", f"--out={tmp_path / 'band'}")
     assert 0 < banded["documents"] < summary["documents"]
     sources = (

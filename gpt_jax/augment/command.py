@@ -127,10 +127,11 @@ def _examples(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 
 
 def _text(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
-    from gpt_jax.augment.corpus import generate_documents, in_band, write_corpus
+    from gpt_jax.augment.corpus import check_out, generate_documents, in_band, write_corpus
     from gpt_jax.augment.filters import PerplexityBand, reference_nll
     from gpt_jax.loading import load
 
+    check_out(out)
     run = load(_needed(args.base, "--from"))
     texts = generate_documents(
         run,

@@ -13,6 +13,7 @@ from gpt_jax.augment.base import Synthetic, normalise
 from gpt_jax.augment.filters import PerplexityBand
 from gpt_jax.data.build import build_store
 from gpt_jax.data.cache import content_hash
+from gpt_jax.data.store import is_store, open_store
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
 from gpt_jax.generation import generate
@@ -59,17 +60,25 @@ def in_band(texts: Sequence[str], band: PerplexityBand) -> list[str]:
     return [c.text for c in band.keep([Synthetic("", text) for text in texts])]
 
 
+def check_out(out: pathlib.Path) -> None:
+    """Raises UserError where a folder already holds a `store` that is no generated text: it is not ours to replace."""
+    store = out / "store"
+    ours = is_store(store) and open_store(store).manifest["corpus"].get("corpus") == "generated"
+    if store.exists() and not ours:
+        raise UserError(f"--out {str(out)!r} holds a 'store' that is no generated text; give another folder.")
+
+
 def write_corpus(texts: Sequence[str], run: Loaded, out: pathlib.Path, provenance: Mapping[str, Any]) -> pathlib.Path:
     """Writes `generated.jsonl` and the token store `store`, whose manifest names where it comes from; returns it.
 
     A config mixes it in as a source, {'name': 'generated', 'weight': 1, 'path': 'OUT/store'}, or alone as data.path.
     """
+    check_out(out)
     if not texts:
         raise UserError("no generated document is left to store: filter less or generate more (--documents).")
     rows = [{"text": text, "provenance": dict(provenance)} for text in texts]
     atomic_write(out / "generated.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     fingerprint = {"corpus": "generated", **provenance, "documents": len(texts), "sha256": content_hash(list(texts))}
-    if (out / "store").exists():  # of what was generated before
-        shutil.rmtree(out / "store")
+    shutil.rmtree(out / "store", ignore_errors=True)  # of what was generated before
     build_store((("train", text) for text in texts), run.tokenizer, out / "store", workers=1, fingerprint=fingerprint)
     return out / "store"
