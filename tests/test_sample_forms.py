@@ -17,6 +17,7 @@ import gpt_jax
 from gpt_jax.choice import choose_texts
 from gpt_jax.cli import main
 from gpt_jax.contrastive import contrastive_search
+from gpt_jax.generation import check_prompts
 from gpt_jax.sample import continue_prompts, continue_texts
 from gpt_jax.sample_page import look_at
 from gpt_jax.sampling import Sampling
@@ -117,12 +118,17 @@ def test_the_page_holds_every_token_and_nothing_from_elsewhere(run, capsys, tmp_
     ("policy", "kept"),
     [("left", "y" * 4 + "z" * 20), ("right", "x" * 20 + "y" * 4), ("head_tail", "x" * 12 + "z" * 12)],
 )
-def test_a_prompt_too_long_is_cut_by_the_policy_named(run, capsys, policy, kept):
+def test_a_prompt_too_long_is_cut_by_the_policy_named(run, capsys, monkeypatch, policy, kept):
+    given = []
     long, positions = "x" * 20 + "y" * 30 + "z" * 20, 48
-    flags = ["--temperature=0", f"--max-tokens={positions - 25}"]
-    [cut] = samples(capsys, run, f"--prompt={long}", f"--overflow={policy}", *flags)
-    [alone] = samples(capsys, run, f"--prompt={kept}", *flags)
-    assert cut["text"] == alone["text"]
+
+    def kept_in_mind(model, ids, *rest):
+        given.append(ids)
+        return check_prompts(model, ids, *rest)
+
+    monkeypatch.setattr("gpt_jax.sample.check_prompts", kept_in_mind)
+    samples(capsys, run, f"--prompt={long}", f"--overflow={policy}", f"--max-tokens={positions - 25}")
+    assert given == [[[256, *kept.encode()]]]
 
 
 def test_a_prompt_too_long_names_the_policies(run, capsys):
