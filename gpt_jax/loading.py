@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.checkpoint import find_checkpoint, list_arrays, load_params, read_metadata
+from gpt_jax.checkpoint import find_checkpoint, list_arrays, read_metadata
+from gpt_jax.checkpoint_parts import load_params
 from gpt_jax.config import Config, resolve
 from gpt_jax.data import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError, choose

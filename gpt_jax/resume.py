@@ -15,6 +15,7 @@ import optax
 from gpt_jax import distributed
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.checkpoint_folder import DoesNotFit
+from gpt_jax.checkpoint_parts import restore_some
 from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import Unavailable, UserError
 
@@ -80,7 +81,7 @@ def continued_state(
     kept = "step|params|ema|skipped"
     if {key for key in changed if key.startswith("optimizer.")} == {"optimizer.ema"}:
         kept += "|opt_state"  # of the same optimizer: the average alone is turned on or off
-    state, done = checkpointer.restore_some(step, fresh_state(), only=f"^({kept})($|/)")
+    state, done = restore_some(checkpointer.directory, step, fresh_state(), only=f"^({kept})($|/)")
     afresh = [name for name in done.initialised if name.startswith(("opt_state", "ema"))]
     if len(afresh) < len(done.initialised):  # parameters too: say which
         return checkpointer.restore(step, abstract_state)

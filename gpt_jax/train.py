@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax import distributed, hooks
-from gpt_jax.checkpoint import Checkpointer, restore_subset
+from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.checkpoint_parts import restore_subset
 from gpt_jax.config import Config, to_dict
 from gpt_jax.config_changes import compare, compare_data, decide
 from gpt_jax.console import Console

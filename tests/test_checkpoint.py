@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from gpt_jax import checkpoint, checkpoint_folder
-from gpt_jax.checkpoint import Checkpointer, load_params, restore_subset, steps_to_keep
+from gpt_jax.checkpoint import Checkpointer, steps_to_keep
+from gpt_jax.checkpoint_parts import load_params, restore_some, restore_subset
 from gpt_jax.errors import UserError
 
 # Orbax abandons coroutines when the read of a damaged file fails.
@@ -529,6 +530,6 @@ def test_restore_some_keeps_what_is_not_asked_for(run_with_frozen):
     run, state, _ = run_with_frozen
     fresh = jax.tree.map(lambda x: jnp.full_like(x, -5.0), state)
     fresh["opt_state"] = {"other": jnp.zeros(2)}
-    mixed, done = checkpoint.restore_some(run, None, fresh, only="^params/")
+    mixed, done = restore_some(run, None, fresh, only="^params/")
     assert bits(mixed["params"]) == bits(state["params"]) and bits(mixed["ema"]) == bits(fresh["ema"])
     assert "opt_state/other" in done.initialised and not done.ignored

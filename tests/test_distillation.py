@@ -10,7 +10,8 @@ from helpers import tiny
 from scipy.special import log_softmax
 from training import train
 
-from gpt_jax.checkpoint import Checkpointer, load_params
+from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.checkpoint_parts import load_params
 from gpt_jax.cli import main
 from gpt_jax.config import resolve
 from gpt_jax.errors import UserError

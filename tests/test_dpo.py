@@ -195,7 +195,7 @@ def test_mistakes_are_named(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_starts_both_roots_from_anothers_weights(tmp_path):
-    from gpt_jax.checkpoint import load_params
+    from gpt_jax.checkpoint_parts import load_params
 
     small = [
         *("--config.model.num_layers=1", "--config.model.d_model=32", "--config.steps=2", "--config.batch_size=8"),

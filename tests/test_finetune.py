@@ -62,7 +62,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_from_anothers_weights_has_its_shape_tokenizer_and_values(base, tmp_path):
-    from gpt_jax.checkpoint import load_params
+    from gpt_jax.checkpoint_parts import load_params
     from gpt_jax.train import initial_state
 
     lines = []

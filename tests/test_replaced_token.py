@@ -11,7 +11,8 @@ import pytest
 from helpers import assert_trees_close, params_of, text_batch, tiny
 from scipy.stats import chisquare
 
-from gpt_jax.checkpoint import Checkpointer, restore_subset
+from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.checkpoint_parts import restore_subset
 from gpt_jax.errors import UserError
 from gpt_jax.eval_step import build_eval_step
 from gpt_jax.hooks import strip

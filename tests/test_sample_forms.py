@@ -166,8 +166,8 @@ const tip = token.querySelector(".tip"), display = () => getComputedStyle(tip).d
 say("before", display());
 token.focus();
 say("focused", document.activeElement === token);
-const held = [...document.styleSheets].flatMap(sheet => [...sheet.cssRules]).filter(rule => /:focus/.test(rule.selectorText));
-for (const rule of held) rule.selectorText = rule.selectorText.replaceAll(":focus", ".held");
+const rules = [...document.styleSheets].flatMap(sheet => [...sheet.cssRules]);
+for (const rule of rules) rule.selectorText = rule.selectorText?.replaceAll(":focus", ".held");
 token.classList.add("held");  // a headless window may not have the keyboard yet, and :focus asks for that
 say("after", display());
 say("tip", [...tip.querySelectorAll(".p")].map(p => p.textContent).join(";"));
