@@ -38,6 +38,7 @@ from gpt_jax.checkpoint_folder import (
     start_save,
     verify_folder,
 )
+from gpt_jax.distributed import gather
 from gpt_jax.errors import UserError
 from gpt_jax.files import is_no_space, no_space_message
 from gpt_jax.remote import at_store, reaching, run_folder
@@ -86,7 +87,7 @@ class Checkpointer:
             with reaching(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 clean(self.directory)
-        _wait_for_all_processes("checkpointer")
+        gather("checkpoints opened")
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future | None = None
 
@@ -110,7 +111,7 @@ class Checkpointer:
           UserError: the previous save failed for lack of space.
         """
         self.wait()
-        if step in self.all_steps():
+        if gather(step in self.all_steps())[0]:  # a host may see late what another has written: process 0 decides
             return
         folder = self.directory / str(step)
         with self._explain(folder, f"checkpoint {step}"):
@@ -182,7 +183,7 @@ class Checkpointer:
             for later in self.all_steps():
                 if later > step:
                     remove(self.directory / str(later))
-        _wait_for_all_processes("discarded")
+        gather("discarded")
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """Returns the caller's metadata of a checkpoint (None: the newest)."""
@@ -195,7 +196,7 @@ class Checkpointer:
     def save_frozen(self, tree: Any) -> None:
         """Stores parameters that never change, unless they are stored already. Waits until they are."""
         folder = self.directory / "frozen"
-        if not jax.tree.leaves(tree) or is_complete(folder):
+        if not jax.tree.leaves(tree) or gather(is_complete(folder))[0]:
             return
         with self._explain(folder, "the frozen parameters"):
             start_save(folder, tree, {}).result()
@@ -204,7 +205,7 @@ class Checkpointer:
         """Deletes what `save_frozen` stored: of a start that was killed before its first checkpoint."""
         if jax.process_index() == 0 and is_complete(self.directory / "frozen"):
             remove(self.directory / "frozen")
-        _wait_for_all_processes("frozen discarded")
+        gather("frozen discarded")
 
     def restore_frozen(self, abstract: Any) -> Any:
         """Reads what `save_frozen` stored, as `restore` reads a state."""
@@ -315,10 +316,3 @@ def verify(path: str | os.PathLike, step: int) -> str | None:
     """Reads a checkpoint in full; returns what is wrong with it, or None."""
     folder, step = find_checkpoint(path, step)
     return verify_folder(folder / str(step))
-
-
-def _wait_for_all_processes(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
