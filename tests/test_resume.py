@@ -457,6 +457,37 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
     assert again["valid/loss"] == whole["valid/loss"] and again["valid/bits_per_byte"] == whole["valid/bits_per_byte"]
 
 
+@pytest.mark.slow
+def test_a_change_whose_first_checkpoint_a_kill_took_goes_on_as_the_uninterrupted_run(tmp_path, monkeypatch):
+    module = importlib.import_module("gpt_jax.train")
+    tree = small_config(tmp_path)
+    said = []
+    module.train(resolve(tree), str(tmp_path / "whole"), log=said.append)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    other = resolve(tree | {"steps": 8, "optimizer": {"name": "adafactor"}})
+    done = module.train(other, str(tmp_path / "whole"), accept_changes=True, log=said.append)
+
+    def killed(*_, **__):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, "MetricsWriter", killed)
+        module.train(other, str(tmp_path / "killed"), accept_changes=True, log=said.append)
+    assert json.loads((tmp_path / "killed" / "config.json").read_text())["optimizer"]["name"] == "adafactor"
+    assert list_steps(tmp_path / "killed" / "checkpoints") == [5]
+    again = module.train(other, str(tmp_path / "killed"), log=said.append)
+    assert said.count(next(line for line in said if "starts afresh" in line)) == 3
+    assert again["valid/loss"] == done["valid/loss"]
+    rows = [
+        [
+            {k: v for k, v in row.items() if not k.startswith("perf/")}
+            for row in read_rows(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 8
+
+
 OTHER = "an umbrella above us, and rain on it all day long; "  # other frequencies, so other ids of a char tokenizer
 
 
