@@ -8,6 +8,7 @@ A mistake of the user is one line on stderr and exit code 1, never a traceback; 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -123,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from gpt_jax.files import is_no_space
 
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whichever path was given
+            print(f"gpt-jax: {error.filename!r} is too long for the name of a file.", file=sys.stderr)
+            return leave(1)
         if not is_no_space(error):
             leave_if_several(error)
             raise

@@ -31,6 +31,7 @@ from typing import Any
 
 import ml_collections
 
+from gpt_jax.config_ranges import check_ranges
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.model.config import ModelConfig
 from gpt_jax.options import option
@@ -208,47 +209,7 @@ class Config:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "context_length", "microbatches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for group, name, least in (
-            ("log", "every_steps", 1),
-            ("log", "console_every_steps", 1),
-            ("eval", "every_steps", 0),
-            ("eval", "max_batches", 0),
-            ("eval", "task_limit", 0),
-            ("eval", "task_shots", 0),
-            ("sample", "every_steps", 0),
-            ("checkpoint", "every_steps", 0),
-            ("checkpoint", "every_minutes", 0),
-            ("checkpoint", "keep_last", 1),
-            ("checkpoint", "keep_best", 0),
-            ("checkpoint", "keep_every_steps", 0),
-            ("data", "prefetch", 1),
-            ("data", "workers", 0),
-            ("distributed", "devices", 0),
-            ("distributed", "join_seconds", 1),
-            ("distributed", "heartbeat_seconds", 1),
-        ):
-            value = getattr(getattr(self, group), name)
-            if value < least:
-                raise UserError(f"{group}.{name} is {value}; it must be at least {least}.")
-        if self.optimizer.clip_norm < 0:
-            raise UserError(f"optimizer.clip_norm is {self.optimizer.clip_norm}; it must be above 0, or 0 (off).")
-        if not 0 <= self.optimizer.ema < 1:
-            raise UserError(f"optimizer.ema is {self.optimizer.ema}; it must be at least 0 (off) and below 1.")
-        for pair in self.batch_schedule:
-            sizes = pair[1] if isinstance(pair, tuple) and len(pair) == 2 else ()
-            sizes = sizes if isinstance(sizes, tuple) else (sizes,)
-            if not sizes or not all(type(size) is int for size in sizes):
-                raise UserError(
-                    f"batch_schedule has {pair!r}; each is (until, sequences) or (until, (from, to)), like "
-                    "('375Mtok', 32)."
-                )
-        for pair in self.data.skip:
-            whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(end) is int for end in pair)
-            if not whole or not 0 <= pair[0] < pair[1]:
-                raise UserError(f"data.skip has {pair}; it is a list of ranges [(from, to), ...] with 0 <= from < to.")
+        check_ranges(self)
 
 
 _SPELLED = {"from": "source"}  # `init.from` cannot be a field name in Python
@@ -347,6 +308,9 @@ def find_config(name_or_path: str) -> pathlib.Path:
 def call_config_file(path: pathlib.Path, function: str) -> Any:
     """Runs a config file and returns what its function `function` returns; its mistakes become a UserError."""
     spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
+    if spec is None:
+        hint = "; to continue a run give --workdir alone" if function == "get_config" else ""
+        raise UserError(f"{path} is no Python file{hint}.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -419,6 +383,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     """Returns `value` as the field's type; text from the command line is read as a Python literal if it can be."""
     typed = isinstance(value, _Text)
     origin = typing.get_origin(hint) or hint
+    of_text = origin is tuple and typing.get_args(hint)[:1] == (str,)
     if origin in (typing.Union, types.UnionType):
         options = [a for a in typing.get_args(hint) if a is not type(None)]
         if value is None or (typed and value == "None"):
@@ -431,7 +396,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             return str(value)
     else:
         if typed:
-            value = _literal(str(value))
+            text, value = str(value), _literal(str(value))
+            if of_text and not isinstance(value, (str, list, tuple)):
+                value = text
             if origin is tuple and isinstance(value, str):
                 value = tuple(v.strip() for v in value.split(",") if v.strip())
         if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
@@ -445,7 +412,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if origin is tuple and isinstance(value, (list, tuple)):
-            return _freeze(value)
+            return tuple(_coerce(v, str, key) for v in value) if of_text else _freeze(value)
         is_mapping = origin is Mapping or getattr(origin, "__name__", "") == "Mapping"
         if is_mapping and isinstance(value, Mapping):
             return _freeze(value)

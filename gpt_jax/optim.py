@@ -6,6 +6,7 @@ are grouped by regexes over their names (first match wins): weight decay, learni
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import inspect
 import math
@@ -83,7 +84,11 @@ def make_schedule(
     def position(unit: str, amount: float) -> float:
         return float(tokens_at(amount)) if in_tokens and unit == "steps" else amount
 
-    w, d, c = (position(*lengths[key]) for key in ("warmup", "decay", "cooldown"))
+    w, d = (position(*lengths[key]) for key in ("warmup", "decay"))
+    unit, c = lengths["cooldown"]
+    if name == "wsd" and in_tokens and unit == "steps":  # those of the last steps, whose batches may be larger
+        last = lengths["decay"][1] if lengths["decay"][0] == "steps" else _step_at(d, steps, tokens_at)
+        c = d - float(tokens_at(max(0.0, last - c)))
     floor = end_factor * peak
 
     def schedule(count: Array | int) -> Array:
@@ -104,6 +109,13 @@ def make_schedule(
     return schedule
 
 
+def _step_at(tokens: float, guess: int, tokens_at: Callable[[Array | int], Array]) -> int:
+    """Returns the first step before which so many tokens are seen."""
+    while float(tokens_at(float(guess))) < tokens:
+        guess *= 2
+    return bisect.bisect_left(range(guess), tokens, key=lambda step: float(tokens_at(float(step))))
+
+
 def _named_map(function: Callable[[str, Any], Any], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), params)
 
@@ -117,7 +129,7 @@ def group_of(name: str, groups: Groups) -> Mapping[str, Any]:
 
 
 def check_form(groups: Any) -> None:
-    """Raises UserError unless groups are pairs of a regex and a table of settings."""
+    """Raises UserError unless groups are pairs of a regex and a table of settings whose values can be such."""
     for group in groups:
         if not (isinstance(group, list | tuple) and len(group) == 2 and isinstance(group[1], Mapping)):
             raise UserError(f"optimizer.groups has {group!r}; each is (regex, {{'lr': 0.1}} or another setting).")
@@ -125,13 +137,32 @@ def check_form(groups: Any) -> None:
             re.compile(group[0])
         except (re.error, TypeError) as error:
             raise UserError(f"optimizer.groups has {group[0]!r}, which is no regex: {error}.") from None
+        for key, value in group[1].items():
+            if key in _SETTINGS and not _SETTINGS[key][0](value):
+                raise UserError(f"the optimizer group {group[0]!r} has {key} {value!r}; it is {_SETTINGS[key][1]}.")
+
+
+def _is_numeric(value: Any, axes: int) -> bool:
+    """Whether a value is a finite number, or with `axes` 1 perhaps several."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return False
+    return array.dtype.kind in "iuf" and array.ndim <= axes and bool(np.isfinite(array).all())
+
+
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda value: _is_numeric(value, 1), "a number, or one for each layer"),
+    "weight_decay": (lambda value: _is_numeric(value, 0), "a number"),
+    "frozen": (lambda value: isinstance(value, bool), "True or False"),
+}
 
 
 def check_groups(groups: Groups, names: Sequence[str]) -> None:
     """Raises UserError for a group with an unknown setting or that matches no parameter."""
     for regex, settings in groups:
         for key in settings:
-            choose(f"a setting of the optimizer group {regex!r}", key, ("lr", "weight_decay", "frozen"))
+            choose(f"a setting of the optimizer group {regex!r}", key, _SETTINGS)
         if not any(re.fullmatch(regex, name) for name in names):
             raise UserError(f"the optimizer group {regex!r} matches no parameter; they are {', '.join(names[:8])}, ...")
 

@@ -16,6 +16,7 @@ from gpt_jax import distributed
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.checkpoint_folder import DoesNotFit
 from gpt_jax.checkpoint_parts import restore_some
+from gpt_jax.config_changes import compare
 from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import Unavailable, UserError
 
@@ -51,6 +52,7 @@ def continued_state(
     fresh_state: Callable[[], Any],
     changed: Iterable[str],
     log: Callable[[str], None],
+    config: Mapping[str, Any] | None = None,
 ) -> Any:
     """Restores a train state of a run, whose accepted changes may include another optimizer.
 
@@ -60,15 +62,18 @@ def continued_state(
       fresh_state: makes an initial state of the same form.
       changed: config keys that differ from the run's so far (accepted by the user).
       log: where lines for people go.
+      config: of this run, resolved. What differs from the checkpoint's own then counts, not `changed`: after a change
+        the run may have been killed before its next checkpoint.
 
     Returns:
       The state. Where the optimizer is another, or its state or the average of the weights has another form, those
-      start afresh from the restored weights; the learning-rate schedule goes on at `step`.
+      start afresh from the restored weights; the learning-rate schedule goes on after the updates so far.
 
     Raises:
       UserError: it does not fit and the optimizer did not change, or parameters do not fit; damaged.
     """
-    changed = set(changed)
+    saved = checkpointer.metadata(step).get("config") if config is not None else None
+    changed = set(changed if saved is None else compare(saved, config).as_history())
     if not any(key.startswith("optimizer.") for key in changed):
         return checkpointer.restore(step, abstract_state)
     if not changed & {"optimizer.name", "optimizer.kwargs"} and not any(
@@ -85,12 +90,16 @@ def continued_state(
     afresh = [name for name in done.initialised if name.startswith(("opt_state", "ema"))]
     if len(afresh) < len(done.initialised):  # parameters too: say which
         return checkpointer.restore(step, abstract_state)
-    parts = ["its optimizer state"] if any(name.startswith("opt_state") for name in afresh) else []
-    state = dataclasses.replace(state, opt_state=_at_step(state.opt_state, step))
+    parts = []
+    if any(name.startswith("opt_state") for name in afresh):
+        parts.append("its optimizer state")
+        updates = step - int(state.skipped[1])  # an update that was skipped does not move the schedule
+        state = dataclasses.replace(state, opt_state=_at_update(state.opt_state, updates))
     if any(name.startswith("ema") for name in afresh):
         parts.append("its average of the weights")
         state = dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.params))
-    log(f"the optimizer changed: {' and '.join(parts)} at step {step} is not used, the new one starts afresh")
+    if parts:
+        log(f"the optimizer changed: {' and '.join(parts)} at step {step} is not used, the new one starts afresh")
     return state
 
 
@@ -103,7 +112,7 @@ def check_skip(changes: Mapping[str, Sequence[Any]], order: BatchOrder, step: in
     if "data.skip" not in changes:
         return
     old, new = (dataclasses.replace(order, skip=tuple(map(tuple, skip))) for skip in changes["data.skip"])
-    read = old.batch_index(step)
+    read = old.batch_index(step - 1) + 1 if step else 0
     if [range(a, min(b, read)) for a, b in old.skipped if a < read] != [
         range(a, min(b, read)) for a, b in new.skipped if a < read
     ]:
@@ -113,14 +122,14 @@ def check_skip(changes: Mapping[str, Sequence[Any]], order: BatchOrder, step: in
         )
 
 
-def _at_step(opt_state: Any, step: int) -> Any:
-    """Moves the learning-rate schedules in an initial optimizer state to `step`."""
+def _at_update(opt_state: Any, updates: int) -> Any:
+    """Moves the learning-rate schedules in an initial optimizer state to that many updates."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     return jax.tree.map(
-        lambda node: node._replace(count=jnp.full_like(node.count, step)) if is_schedule(node) else node,
+        lambda node: node._replace(count=jnp.full_like(node.count, updates)) if is_schedule(node) else node,
         opt_state,
         is_leaf=is_schedule,
     )

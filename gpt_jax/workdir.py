@@ -211,6 +211,8 @@ def open_workdir(path: str | os.PathLike, lock: bool = True) -> Iterator[Workdir
         raise UserError(f"--workdir is {str(path)!r}, which is a file or lies below one; give a folder.") from None
     except PermissionError:
         raise UserError(f"--workdir is {str(path)!r}, which may not be created: permission denied.") from None
+    except OSError as error:
+        raise UserError(f"--workdir is {str(path)!r}, which cannot be created: {error.strerror or error}.") from None
     with _locked(workdir.path, workdir.name):
         clean_leftovers(workdir.path)
         yield workdir

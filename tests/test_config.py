@@ -109,6 +109,19 @@ def test_a_mistake_in_a_file_is_one_sentence_with_the_closest_name(config_file, 
         ("data.skip", "(40, 50)", "data.skip has 40; it is a list of ranges"),
         ("optimizer.clip_norm", "-1", "optimizer.clip_norm is -1.0; it must be above 0, or 0 (off)"),
         ("optimizer.ema", "1", "optimizer.ema is 1.0; it must be at least 0 (off) and below 1"),
+        ("optimizer.b1", "1", "optimizer.b1 is 1.0; it must be at least 0 and below 1"),
+        ("optimizer.b2", "-0.1", "optimizer.b2 is -0.1; it must be at least 0 and below 1"),
+        ("optimizer.learning_rate", "1e999", "optimizer.learning_rate is inf; it must be a finite number"),
+        ("optimizer.max_skipped", "-1", "optimizer.max_skipped is -1; it must be at least 0"),
+        ("data.tokenizer.vocab_size", "-5", "data.tokenizer.vocab_size is -5; it must be at least 0"),
+        ("data.tokenizer.keep", "-5", "data.tokenizer.keep is -5; it must be at least 0"),
+        ("seed", str(2**64), f"seed is {2**64}; it must be a whole number of 64 bits with its sign"),
+        ("sample.prompts", "(1, None)", "config key 'sample.prompts' takes text, not None"),
+        ("sample.max_tokens", "0", "sample.max_tokens is 0; it must be at least 1"),
+        ("sample.temperature", "-1", "sample.temperature is -1.0; it must be at least 0"),
+        ("sample.top_k", "-1", "sample.top_k is -1; it must be at least 0"),
+        ("sample.top_p", "1.5", "sample.top_p is 1.5; it must be between 0 and 1"),
+        ("eval.weights", "emma", "eval.weights is 'emma' (did you mean 'ema'?); allowed: auto, raw, ema, average"),
         ("batch_schedule", "(('10%','8'),)", "batch_schedule has ('10%', '8'); each is (until, sequences)"),
     ],
 )
@@ -144,6 +157,21 @@ def test_overrides_take_the_type_of_their_key():
     assert config.optimizer.warmup == "200" and config.optimizer.kwargs == {"nesterov": True}
 
 
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("1,2", ("1", "2")),
+        ("7", ("7",)),
+        ("None", ("None",)),
+        ("('a, b', 3)", ("a, b", "3")),
+        ("one, two", ("one", "two")),
+        ("()", ()),
+    ],
+)
+def test_prompts_are_texts(text, prompts):
+    assert resolve({}, {"sample.prompts": text}).sample.prompts == prompts
+
+
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().steps = 3
@@ -162,6 +190,12 @@ def test_config_is_frozen():
 def test_a_broken_file_is_a_sentence(config_file, body, message):
     with pytest.raises(UserError, match=message):
         load(config_file(body))
+
+
+def test_a_runs_own_config_is_no_config_file(tmp_path):
+    (tmp_path / "config.json").write_text(dumps(Config()))
+    with pytest.raises(UserError, match=r"config\.json is no Python file; to continue a run give --workdir alone\."):
+        load(str(tmp_path / "config.json"))
 
 
 def test_an_unknown_name_lists_the_closest_and_all():

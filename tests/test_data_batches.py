@@ -142,6 +142,8 @@ def test_a_batch_grows_linearly_in_the_tokens_seen():
     assert resolve_batch_schedule((("96ktok", (first, 0)),), **kwargs, micro=64) == ()
     assert resolve_batch_schedule((("96ktok", (128, 0)),), **kwargs, micro=4) == ()
     assert resolve_batch_schedule((("10", (8, 16)), ("20", 32)), **kwargs, micro=8) == ((10, 8), (20, 32))
+    assert resolve_batch_schedule((("10", (8, 8)),), **kwargs, micro=4) == ((10, 8),)
+    assert resolve_batch_schedule((("10", (64, 64)),), **kwargs, micro=4) == ()
     for bad in ((0, 8), (8, 65), (16, 8), (1, 2, 3)):
         with pytest.raises(UserError, match="batch_schedule has .*; allowed: 1 to batch_size"):
             resolve_batch_schedule((("10", bad),), **kwargs)

@@ -222,6 +222,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', 2, "no text under 'text'"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', 2, "surrogate"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not valid UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000, 2, "not JSON .maximum recursion"),
         ("a.txt", b"fine\n\xff\n", 2, "not valid UTF-8"),
         ("a.csv", b"text,n\na,1\nb\n", None, None),
         ("a.csv", b"n,text\n1,a\n2\n", 3, "1 columns"),
@@ -239,6 +240,23 @@ def test_malformed_line_is_named_with_file_and_line(tmp_path, name, data, line, 
     with pytest.raises(UserError, match=rf"{name}:{line}: .*{says}") as error:
         list(read_documents(path))
     assert one_line(error)
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_byte_order_mark_is_no_text(tmp_path, compression):
+    mark = "\ufeff"
+    for name, content in (
+        ("a.txt", f"{mark}é{mark}\n"),
+        ("a.jsonl", mark + json.dumps({"text": f"é{mark}\n"})),
+        ("a.csv", f'{mark}text\n"é{mark}\n"\n'),
+        ("a.tsv", f"{mark}text\té\n é{mark}\t\n"),
+    ):
+        path = tmp_path / (name + compression)
+        path.write_bytes(COMPRESS[compression](content.encode()))
+        assert [text.strip() for _, text in read_documents(path)] == [f"é{mark}"]  # only the first is one
+    for content in ("", "é"):
+        path.write_bytes(COMPRESS[compression](f"text\n{content}".encode()))
+        assert [text for _, text in read_documents(path)] == [content] * bool(content)
 
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import DataConfig, TokenizerConfig, load
+from gpt_jax.config_changes import compare_data
 from gpt_jax.data import Loader, prepare_data
 from gpt_jax.data.baselines import baselines, unigram_nll, xz_bits_per_byte
+from gpt_jax.data.cache import file_sha256
 from gpt_jax.data.command import format_row, run_data
 from gpt_jax.data.splits import held_out, splitter
 from gpt_jax.data.tokenizer import ByteTokenizer, train_char
@@ -269,6 +271,8 @@ def test_store_folder_as_path_brings_its_tokenizer(prepare, tmp_path):
     data = prepare(path=store, tokenizer=TokenizerConfig())
     assert data.tokenizer.hash == first.tokenizer.hash and data.bytes == first.bytes
     train_char(["abc"], 0, ("eot",), "bytes").save(tmp_path / "other")
+    with pytest.raises(UserError, match=r"data\.path is a token store.* empty data\.valid_path, which is '.*a\.jsonl'"):
+        prepare(path=store, valid_path=path, tokenizer=TokenizerConfig())
     with pytest.raises(UserError, match="made with another tokenizer"):
         prepare(path=store, tokenizer=TokenizerConfig(kind="char", path=str(tmp_path / "other")))
 
@@ -291,6 +295,27 @@ def test_token_files_of_nanogpt_train_in_place(prepare, tmp_path):
     assert baselines(data)["unigram_bits_per_byte"] > 0
     with pytest.raises(UserError, match=r"holds tokens; say which tokenizer made them by data\.tokenizer\.path"):
         prepare(path=f"{tmp_path}/train.bin", tokenizer=TokenizerConfig())
+
+
+def test_token_files_are_known_by_their_content(prepare, tmp_path):
+    files = {"path": f"{tmp_path}/train.bin", "valid_path": f"{tmp_path}/val.bin"}
+    ByteTokenizer(("eot",)).save(tmp_path / "tokenizer")
+    tokenizer = TokenizerConfig(kind="byte", path=str(tmp_path / "tokenizer"))
+
+    def info(train, valid):
+        for path, seed in zip(files.values(), (train, valid), strict=True):  # the same counts, in another order
+            np.random.default_rng(seed).permutation(np.arange(2570) % 257).astype("<u2").tofile(path)
+        return prepare(**files, tokenizer=tokenizer).info
+
+    first = info(1, 2)
+    entry = first["texts"]["data"]
+    assert entry["train_sha256"] == file_sha256(files["path"])
+    assert entry["valid_sha256"] == file_sha256(files["valid_path"])
+    assert compare_data(first, info(1, 2)) is None
+    assert compare_data(first, info(3, 2)).note == "texts.data.train_sha256"
+    assert compare_data(first, info(1, 3)).note == "texts.data.valid_sha256"
+    older = {"tokens_file": entry["tokens_file"], "tokens": entry["tokens"]}  # of a run begun before the hashes
+    assert compare_data({**first, "texts": {"data": older}}, first) is None
 
 
 def test_vocabulary_is_cut_to_the_most_frequent_and_bits_per_byte_still_compare(prepare, tmp_path):

@@ -1,6 +1,7 @@
 """Schedules and optimizers against their closed forms; stacked layers against the same layers alone."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,32 @@ def test_schedules_in_tokens_follow_a_growing_batch():
         "linear", peak=1.0, steps=40, warmup="500tok", decay="100%", end_factor=0, tokens_at=tokens_at
     )
     assert float(mixed(20)) == pytest.approx(1 - (5000 - 500) / (13000 - 500))
+
+
+@pytest.mark.parametrize("decay", ["100%", "40", "13Ktok", "12900tok"])
+def test_a_cooldown_in_steps_is_the_last_of_them_where_the_batch_grows(decay):
+    def tokens_at(step):  # batches of 100 tokens for 10 steps, then of 400: 13,000 after 40
+        return 100.0 * jnp.minimum(step, 10) + 400.0 * jnp.maximum(step - 10, 0)
+
+    for cooldown in ("25%", "10"):
+        schedule = make_schedule(
+            "wsd",
+            peak=1.0,
+            steps=40,
+            warmup="500tok",
+            decay=decay,
+            cooldown=cooldown,
+            end_factor=0,
+            tokens_at=tokens_at,
+        )
+        end = 12900 if decay == "12900tok" else 13000
+        for t in range(5, 44):
+            expected = min(1.0, max(0.0, (end - float(tokens_at(t))) / (end - 9000)))  # tokens_at(30) is 9000
+            assert float(schedule(t)) == pytest.approx(expected, abs=1e-5), t
+    whole = make_schedule(
+        "wsd", peak=1.0, steps=40, warmup="0tok", decay=decay, cooldown="90", end_factor=0, tokens_at=tokens_at
+    )
+    assert float(whole(10)) == pytest.approx(1 - 1000 / end)
 
 
 def test_gpt3s_schedule_warms_up_for_375m_tokens_and_reaches_a_tenth_at_260b():
@@ -227,6 +254,23 @@ def test_a_layer_decay_out_of_range_is_refused(decay):
 def test_groups_of_another_form_are_refused(groups):
     with pytest.raises(UserError, match=r"optimizer\.groups has"):
         make_optimizer(groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": "x"}, "has lr 'x'; it is a number, or one for each layer"),
+        ({"lr": float("nan")}, "has lr nan"),
+        ({"lr": True}, "has lr True"),
+        ({"lr": (1.0, (2.0, 3.0))}, "has lr"),
+        ({"weight_decay": "no"}, "has weight_decay 'no'; it is a number"),
+        ({"weight_decay": (0.1, 0.2)}, "has weight_decay"),
+        ({"frozen": "False"}, "has frozen 'False'; it is True or False"),
+    ],
+)
+def test_settings_of_a_group_that_are_no_such_value_are_refused(settings, said):
+    with pytest.raises(UserError, match=f"the optimizer group 'model/.*' {re.escape(said)}"):
+        make_optimizer(groups=(("model/.*", settings),))
 
 
 def test_groups_that_make_no_sense_are_refused():

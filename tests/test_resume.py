@@ -115,6 +115,47 @@ def test_an_average_turned_on_starts_at_the_weights(saver):
     assert "its average of the weights at step 7" in lines[0]
 
 
+def test_an_average_turned_on_or_off_after_skipped_updates_leaves_the_schedule_where_it_was(tmp_path):
+    kept = dataclasses.replace(make_state(adam(), 7, ema=True), skipped=jnp.int32([0, 3]))
+    kept = dataclasses.replace(kept, opt_state=jax.tree.map(lambda x: jnp.full_like(x, 4), kept.opt_state))
+    with Checkpointer(tmp_path) as saver:
+        saver.save(6, dataclasses.replace(kept, ema=None))
+        saver.save(7, kept)
+        for step, ema in ((6, True), (7, False)):
+            fresh = make_state(adam(), 0, ema=ema)
+            changed, lines = {"optimizer.ema": [0.0, 0.9]}, []
+            state = continued_state(
+                saver, step, jax.eval_shape(lambda s=fresh: s), lambda s=fresh: s, changed, lines.append
+            )
+            assert_equal(state.opt_state, kept.opt_state)
+            assert len(lines) == ema
+        fresh = make_state(momentum(), 0, ema=True)
+        state = continued_state(saver, 7, jax.eval_shape(lambda: fresh), lambda: fresh, {"optimizer.name": []}, print)
+        assert state.opt_state[1].count == 4  # updates that were made, as the step counts them
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb"])  # of another form, of the same
+def test_a_change_that_a_kill_left_without_a_checkpoint_still_counts(tmp_path, name):
+    def config(optimizer):
+        return {"optimizer": {"name": optimizer}, "steps": 9}
+
+    new = make_state(momentum() if name == "sgd" else adam(), 0)
+    with Checkpointer(tmp_path) as saver:
+        saver.save(7, make_state(adam(), 7), metadata={"config": config("adamw")})
+        saver.wait()
+        lines = []
+
+        def continued(state, name, changed):
+            abstract = jax.eval_shape(lambda: state)
+            return continued_state(saver, 7, abstract, lambda: state, changed, lines.append, config(name))
+
+        first = continued(new, name, {"optimizer.name": ["adamw", name]})
+        assert_equal(continued(new, name, {}), first)  # its config.json has the new name by now
+        assert len(lines) == 2 and first.opt_state[1].count == 7
+        back = continued(make_state(adam(), 0), "adamw", {"optimizer.name": [name, "adamw"]})
+        assert_equal(back, make_state(adam(), 7))
+
+
 class LateFolder:
     """A folder of checkpoints on a network file system: each listing is the next of these, the last one stays."""
 
@@ -164,6 +205,9 @@ def test_parameters_that_do_not_fit_are_an_error_whatever_changed(saver):
         ([], [[70, 75]], 60, True),
         ([], [[60, 75]], 60, True),
         ([[40, 50]], [[40, 55]], 40, True),  # step 40 is about to read batch 50
+        ([[40, 50]], [], 40, True),
+        ([[40, 50]], [], 41, False),
+        ([[0, 5]], [], 0, True),
         ([[40, 50]], [[40, 45], [44, 50], [80, 90]], 60, True),
         ([], [[10, 20]], 60, False),
         ([], [[55, 75]], 60, False),
@@ -411,6 +455,37 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"batches before 5 are behind the run, at step 5"):
         module.train(skipping, str(tmp_path / "whole"), accept_changes=True, log=said.append)
     assert again["valid/loss"] == whole["valid/loss"] and again["valid/bits_per_byte"] == whole["valid/bits_per_byte"]
+
+
+@pytest.mark.slow
+def test_a_change_whose_first_checkpoint_a_kill_took_goes_on_as_the_uninterrupted_run(tmp_path, monkeypatch):
+    module = importlib.import_module("gpt_jax.train")
+    tree = small_config(tmp_path)
+    said = []
+    module.train(resolve(tree), str(tmp_path / "whole"), log=said.append)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    other = resolve(tree | {"steps": 8, "optimizer": {"name": "adafactor"}})
+    done = module.train(other, str(tmp_path / "whole"), accept_changes=True, log=said.append)
+
+    def killed(*_, **__):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, "MetricsWriter", killed)
+        module.train(other, str(tmp_path / "killed"), accept_changes=True, log=said.append)
+    assert json.loads((tmp_path / "killed" / "config.json").read_text())["optimizer"]["name"] == "adafactor"
+    assert list_steps(tmp_path / "killed" / "checkpoints") == [5]
+    again = module.train(other, str(tmp_path / "killed"), log=said.append)
+    assert said.count(next(line for line in said if "starts afresh" in line)) == 3
+    assert again["valid/loss"] == done["valid/loss"]
+    rows = [
+        [
+            {k: v for k, v in row.items() if not k.startswith("perf/")}
+            for row in read_rows(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 8
 
 
 OTHER = "an umbrella above us, and rain on it all day long; "  # other frequencies, so other ids of a char tokenizer

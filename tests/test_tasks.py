@@ -143,6 +143,7 @@ BAD = {
     "empty tag": ("tagging", "x.conll", "a\tO\n\nb\t\n\ne\tB-y\n", 3, "empty tag"),
     "unequal columns": ("classification", "x.tsv", "text\tlabel\na\tx\nb\nc\ty\n", 3, r"1 columns in place of 2"),
     "bad quotes": ("classification", "x.csv", 'text,label\na,x\n"b"c,x\nc,y\n', 3, "expected"),
+    "too deep": ("classification", "x.jsonl", '{"text": "a", "label": "x"}\n' + "[" * 200_000, 2, "not JSON"),
     "not JSON": ("classification", "x.jsonl", '{"text": "a", "label": "x"}\n{"text"\n', 2, "not JSON"),
     "no object": ("classification", "x.jsonl", '{"text": "a", "label": "x"}\n[1]\n', 2, "not a JSON object"),
     "no column": ("classification", "x.jsonl", lines({"text": "a", "label": "x"}, {"texts": "b", "label": "x"}), 2,

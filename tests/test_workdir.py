@@ -13,6 +13,7 @@ import time
 import pytest
 
 from gpt_jax import files, workdir
+from gpt_jax.cli import main
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write, clean_leftovers, remove_folder
 from gpt_jax.metrics import read_rows
@@ -101,6 +102,14 @@ def test_a_workdir_that_cannot_be_opened_is_a_sentence(tmp_path, make, message):
         path.write_text("")
     with pytest.raises(UserError, match=message):
         open_workdir(path, lock=make).__enter__()
+
+
+@pytest.mark.parametrize("flags", [["train", "--config=quickstart"], ["train"], ["eval"]])
+def test_a_workdir_of_too_long_a_name_is_a_sentence(tmp_path, capsys, flags):
+    name = str(tmp_path / ("r" * 300))
+    assert main([*flags, f"--workdir={name}"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("gpt-jax: ") and err.count("\n") == 1 and name in err and "too long" in err
 
 
 # ---- files

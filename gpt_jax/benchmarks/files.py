@@ -56,7 +56,7 @@ def read_archive(path: str, **fields: type | tuple[type, ...]) -> Iterator[tuple
                     where = f"{found}:{member.name}:{number}"
                     try:
                         value = json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise UserError(f"{where}: not JSON ({error}).") from None
                     _check(value, fields, where)
                     yield name, value

@@ -159,7 +159,10 @@ def _spelt_out(
         least = -(-first // micro) * micro
         if least > first and log:
             log(f"batch_schedule: batches start at {least} sequences, a whole micro-batch, and not at {first}")
-        for size in range(least, last, micro):
+        sizes = range(least, last, micro)
+        if not sizes and last < batch_size:  # nothing to grow by: such a batch until then
+            yield until, 1.0, last
+        for size in sizes:
             yield until, min(1.0, (size + micro - first) / (last - first)), size
 
 

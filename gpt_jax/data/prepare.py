@@ -305,6 +305,11 @@ def _is_prebuilt(path: str) -> bool:
 def _open_prebuilt(text: Text, tokenizer: Tokenizer, root: pathlib.Path) -> tuple[dict[str, Split], dict[str, Any]]:
     path = expand_variables(text.path)
     if is_store(path):
+        if text.valid_path:
+            raise UserError(
+                f"data.path is a token store, which has its own validation text; empty data.valid_path, which is "
+                f"{text.valid_path!r}, or give the text itself as data.path."
+            )
         store = open_store(path, tokenizer)
         return store.splits, {"store": path, **store.manifest["corpus"]}
     splits = {"train": open_token_file(path, tokenizer, root / "corpora")}
@@ -312,4 +317,5 @@ def _open_prebuilt(text: Text, tokenizer: Tokenizer, root: pathlib.Path) -> tupl
         if not is_token_file(text.valid_path):
             raise UserError(f"data.path is a token file, so data.valid_path must be one, not {text.valid_path!r}.")
         splits["valid"] = open_token_file(expand_variables(text.valid_path), tokenizer, root / "corpora")
-    return splits, {"tokens_file": path, "tokens": splits["train"].num_tokens}
+    hashes = {f"{name}_sha256": split.sha256 for name, split in splits.items()}
+    return splits, {"tokens_file": path, "tokens": splits["train"].num_tokens, **hashes}

@@ -130,7 +130,7 @@ def read_documents(path: pathlib.Path, text_key: str = "text", progress: Progres
 
 @contextlib.contextmanager
 def open_stream(path: pathlib.Path, progress: Progress | None = None) -> Iterator[io.BufferedIOBase]:
-    """Opens a file as binary, decompressed if its name ends in .gz, .xz or .zst.
+    """Opens a file as binary, decompressed if its name ends in .gz, .xz or .zst, behind a UTF-8 byte order mark.
 
     Raises:
       UserError: the file cannot be read or is damaged, here or while the block reads on.
@@ -138,6 +138,8 @@ def open_stream(path: pathlib.Path, progress: Progress | None = None) -> Iterato
     with named_damage(path), open(path, "rb") as raw:
         compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
         with _decompress(_Counted(raw, progress or Progress()), compression) as stream:
+            if stream.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+                stream.read(len(codecs.BOM_UTF8))
             yield stream
 
 
@@ -261,7 +263,7 @@ def _read_jsonl(path: pathlib.Path, stream, text_key: str) -> Iterator[Document]
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not JSON ({error}).") from None
         text = row.get(text_key) if isinstance(row, dict) else None
         if not isinstance(text, str):

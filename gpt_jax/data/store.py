@@ -42,6 +42,7 @@ class Split:
       num_bytes: bytes of the original text.
       eot: the id that begins every document, or None.
       num_documents: if known without `starts`.
+      sha256: of the tokens, in hex, where they have no manifest.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Split:
         num_bytes: int,
         eot: int | None,
         num_documents: int | None = None,
+        sha256: str = "",
     ):
-        self.tokens, self.num_bytes, self.eot = tokens, num_bytes, eot
+        self.tokens, self.num_bytes, self.eot, self.sha256 = tokens, num_bytes, eot, sha256
         self._starts, self._num_documents = starts, num_documents
 
     @functools.cached_property
@@ -228,7 +230,7 @@ def open_token_file(path: str | pathlib.Path, tokenizer: Tokenizer, memo: pathli
     Args:
       path: the file.
       tokenizer: that made it.
-      memo: folder where counts are remembered, as `remembered`; a large file takes a while to count.
+      memo: folder where counts and hash are remembered, as `remembered`; a large file takes a while to read.
 
     Raises:
       UserError: missing, empty, or holding an id that the tokenizer has not.
@@ -241,7 +243,7 @@ def open_token_file(path: str | pathlib.Path, tokenizer: Tokenizer, memo: pathli
     if stat.st_size == 0 or stat.st_size % 2:
         raise UserError(f"{path} has {stat.st_size} bytes: not a file of uint16 tokens.")
     tokens = np.memmap(path, "<u2", "r")
-    key = f"tokens {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {tokenizer.hash}"
+    key = f"counts and sha256 of tokens {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {tokenizer.hash}"
     found = remembered(memo, key, lambda: _count(tokens, tokenizer))
     if found["largest"] >= tokenizer.vocab_size:
         raise UserError(
@@ -249,22 +251,24 @@ def open_token_file(path: str | pathlib.Path, tokenizer: Tokenizer, memo: pathli
             f"{tokenizer.vocab_size}: another one made it; set data.tokenizer."
         )
     if not found["eots"]:
-        return Split(tokens, np.zeros(1, "<u8"), found["bytes"], tokenizer.eot)
+        return Split(tokens, np.zeros(1, "<u8"), found["bytes"], tokenizer.eot, sha256=found["sha256"])
     starts = functools.partial(_positions, tokens, tokenizer.eot)
-    return Split(tokens, starts, found["bytes"], tokenizer.eot, found["eots"])
+    return Split(tokens, starts, found["bytes"], tokenizer.eot, found["eots"], found["sha256"])
 
 
 def _count(tokens: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the largest id of a token file, the bytes its tokens stand for, and its EOTs."""
-    counts = np.zeros(1 << 16, np.int64)
+    """Returns the largest id of a token file, the bytes its tokens stand for, its EOTs and the tokens' SHA-256."""
+    counts, digest = np.zeros(1 << 16, np.int64), hashlib.sha256()
     for at in range(0, len(tokens), _BLOCK):
         counts += np.bincount(tokens[at : at + _BLOCK], minlength=len(counts))
+        digest.update(tokens[at : at + _BLOCK])
     lengths = tokenizer.byte_lengths[: len(counts)].astype(np.int64)
     eots = 0 if tokenizer.eot is None or tokenizer.eot >= len(counts) else int(counts[tokenizer.eot])
     return {
         "largest": int(np.flatnonzero(counts)[-1]),
         "bytes": int((counts[: len(lengths)] * lengths).sum()),
         "eots": eots,
+        "sha256": digest.hexdigest(),
     }
 
 

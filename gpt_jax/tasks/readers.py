@@ -92,7 +92,7 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[Row | Malformed]:
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Malformed(where, f"not JSON ({error})")
             continue
         if isinstance(value, dict):
@@ -172,6 +172,8 @@ def read_squad(path: pathlib.Path) -> Iterator[SpanQA | Malformed]:
         raise UserError(f"{path}: not valid UTF-8 (byte {error.start + 1}).") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}).") from None
+    except RecursionError as error:
+        raise UserError(f"{path}: not JSON ({error}).") from None
     except (KeyError, TypeError):
         articles = None
     if not isinstance(articles, list):
