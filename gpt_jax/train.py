@@ -22,12 +22,13 @@ from gpt_jax.config_changes import compare, compare_data, decide
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
 from gpt_jax.hooks import Hooks, due, open_hooks, publish_or_say, strip
+from gpt_jax.inherit import following_init, saved_tokenizer
 from gpt_jax.metrics import read_rows
 from gpt_jax.profiling import Startup
 from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import agreed_latest, check_skip, continued_state
-from gpt_jax.run import Run, build_run, following_init, saved_tokenizer
+from gpt_jax.run import Run, build_run
 from gpt_jax.sharding import path_name
 from gpt_jax.train_state import TrainState, join
 from gpt_jax.workdir import EXIT_PREEMPTED, Preemption, Workdir, open_workdir, stopped_by_sigterm
