@@ -179,9 +179,9 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     tokenizer = None
     if args.workdir:
-        from gpt_jax.run import saved_run
+        from gpt_jax.inherit import saved_run
 
-        config, _, tokenizer = saved_run(args.workdir, overrides)
+        config, tokenizer = saved_run(args.workdir, overrides)
     else:
         config = configs.load(args.config, overrides) if args.config else configs.resolve({}, overrides)
     result = run_data(
@@ -227,7 +227,7 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _config_of_run(workdir: str, overrides: dict[str, str]) -> Any:
     """The config of the run that is to be continued."""
     from gpt_jax import config as configs
-    from gpt_jax.run import saved_config
+    from gpt_jax.inherit import saved_config
 
     if not workdir:
         raise UserError("--config is missing: a file, or a name in configs/; or --workdir, of a run to continue.")

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+import jaxlib.version
+
 from gpt_jax.errors import UserError, choose
 
 XLA, LIBTPU = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
@@ -65,6 +67,11 @@ TABLE = (
 def options(program: str) -> dict[str, Any]:
     """Returns the CPU options of a program ('update', 'init'), for `jax.jit(compiler_options=...)`."""
     return {flag.name: flag.value for flag in TABLE if flag.backend == "cpu" and flag.where == program}
+
+
+def options_on(program: str, platform: str) -> dict[str, Any] | None:
+    """Returns the options of a program on a CPU, None elsewhere: experimental, so that another jaxlib may refuse."""
+    return options(program) if platform == "cpu" and jaxlib.version.__version__.startswith("0.10.") else None
 
 
 def backend_here(environ: Mapping[str, str], devices: pathlib.Path = pathlib.Path("/dev")) -> str:

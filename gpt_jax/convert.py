@@ -27,6 +27,7 @@ from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError, choose
 from gpt_jax.files import remove_folder
 from gpt_jax.hooks import strip
+from gpt_jax.inherit import OWN_MODEL_KEYS
 from gpt_jax.interop import FAMILIES
 from gpt_jax.interop.mapping import Family, Layout
 from gpt_jax.interop.tensor_files import Tensors, TensorWriter
@@ -37,7 +38,7 @@ from gpt_jax.model.lora import merge_lora
 from gpt_jax.objectives.base import Setting, build_objective
 from gpt_jax.optim import make_optimizer
 from gpt_jax.remote import refuse_url
-from gpt_jax.run import OWN_MODEL_KEYS, fill_in, mesh_of
+from gpt_jax.run import fill_in, mesh_of
 from gpt_jax.sharding import DEFAULT_RULES, path_name, unbox
 from gpt_jax.step import build_train_step
 from gpt_jax.workdir import open_workdir

@@ -71,7 +71,8 @@ def _losses(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str,
     from gpt_jax import config as configs
     from gpt_jax.cli import join_job
     from gpt_jax.evaluate import evaluate_all
-    from gpt_jax.run import restore_run, saved_config
+    from gpt_jax.inherit import saved_config
+    from gpt_jax.run import restore_run
 
     for name, default in (("shots", 0), ("limit", 0), ("normalise", "")):
         if getattr(args, name) != default:
@@ -130,11 +131,11 @@ def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, 
 
 def _generation(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
     from gpt_jax.generation_quality import METHODS, evaluate_generation, human_prompts, training_documents
-    from gpt_jax.run import build_run, saved_run
+    from gpt_jax.run import rebuild_run
 
     loaded, scorer = open_scorer(args.workdir, overrides, step=args.step, weights=args.weights)
     reference = open_scorer(args.reference, overrides)[1] if args.reference else None
-    data = build_run(*saved_run(args.workdir, overrides)).data
+    data = rebuild_run(args.workdir, overrides).data
     valid = [split for name, split in data.splits.items() if name.rpartition("/")[2] == "valid"]
     if not valid:
         raise UserError(f"the run in {args.workdir!r} holds out no text to take prompts from.")

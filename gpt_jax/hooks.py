@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from gpt_jax import distributed
 from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.config import Config, to_dict
 from gpt_jax.console import Console, console_line
 from gpt_jax.errors import UserError
-from gpt_jax.metrics import MetricsWriter
-from gpt_jax.throughput import Clock
+from gpt_jax.evaluate import evaluate_all, evaluators_of
+from gpt_jax.forensics.spikes import Watch
+from gpt_jax.metrics import MetricsWriter, open_wandb
+from gpt_jax.model.size import count_parameters
+from gpt_jax.objectives.base import bidirectional_prompt
+from gpt_jax.profiling import Trace
+from gpt_jax.remote import is_url
+from gpt_jax.run import Run
+from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
 from gpt_jax.workdir import Workdir
 
 _ASK_EVERY = 4  # steps between two questions to process 0
@@ -153,3 +162,142 @@ class Sample:
 def strip(state: Any) -> Any:
     """The state without its frozen parameters, which are stored once per run."""
     return dataclasses.replace(state, frozen={})
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """All that a run does between steps, and what that writes to and measures with."""
+
+    writer: MetricsWriter
+    console: Console
+    clock: Clock
+    log: Log
+    watch: Watch
+    validate: Validate
+    sample: Sample
+    save: Save
+    trace: Trace
+
+
+@contextlib.contextmanager
+def open_hooks(
+    run: Run,
+    directory: Workdir,
+    checkpointer: Checkpointer,
+    start: int,
+    profile: range,
+    log: Callable[[str], None],
+) -> Iterator[Hooks]:
+    """Opens what a run writes to, and builds its hooks; closes it all in the end."""
+    config, evaluators = run.config, evaluators_of(run)
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        last = step >= config.steps  # then on all there is
+        return evaluate_all(
+            run,
+            params,
+            max_batches=0 if last else config.eval.max_batches,
+            evaluators=evaluators,
+            step=step,
+            limit=0 if last else config.eval.max_generated,
+        )
+
+    with contextlib.ExitStack() as stack:
+        writer = MetricsWriter(
+            directory.metrics_path,
+            tensorboard=directory.tensorboard_path if config.log.tensorboard else None,
+            wandb=tracker(config, directory),
+            resume_step=start,
+            writes=directory.writes,
+        )
+        stack.callback(writer.close)
+        console = stack.enter_context(Console(config.steps, start, quiet=not directory.writes))
+        trace = stack.enter_context(contextlib.closing(Trace(directory.path / "profile", profile)))
+        clock = Clock(flops_per_token(config), total_peak(list(run.step.mesh.devices.flat)))
+        yield Hooks(
+            writer=writer,
+            console=console,
+            clock=clock,
+            log=Log(
+                writer,
+                console,
+                clock,
+                config.steps,
+                config.log.every_steps,
+                config.log.console_every_steps,
+                config.optimizer.max_skipped,
+            ),
+            watch=Watch(directory, run.data.train, run.step, config.seed, writer, config.log.spike_z),
+            validate=Validate(writer, console, evaluate),
+            sample=Sample(directory, console, sampler(run)),
+            save=Save(
+                checkpointer,
+                writer,
+                directory.checkpoint_metadata(to_dict(config)),
+                config.checkpoint.every_steps,
+                config.checkpoint.every_minutes,
+                copier(config.log.copy_to, directory, log),
+            ),
+            trace=trace,
+        )
+
+
+def flops_per_token(config: Config) -> float:
+    model = config.model
+    return model_flops_per_token(count_parameters(model), model.num_layers, model.d_model, config.context_length)
+
+
+def tracker(config: Config, directory: Workdir) -> Any:
+    """The Weights & Biases run of this directory, if the config names a project."""
+    if not config.log.wandb or not directory.writes:
+        return None
+    return open_wandb(config.log.wandb, directory.path, config.name, to_dict(config))
+
+
+def copier(url: str, directory: Workdir, log: Callable[[str], None]) -> Callable[[], None]:
+    """Returns what sends a gs:// run's files there and copies logs to `url`; a store that fails ends no run."""
+    if url and not is_url(url):
+        raise UserError(f"log.copy_to is {url!r}; it is a URL, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
+
+    def copy() -> None:
+        publish_or_say(directory, log)
+        try:
+            directory.copy_to(url)
+        except UserError as error:
+            log(f"log.copy_to: {error}")
+
+    return copy
+
+
+def publish_or_say(directory: Workdir, log: Callable[[str], None]) -> None:
+    """Sends a gs:// run's files there; a store that fails for a while does not end the run, the next time sends all."""
+    try:
+        directory.publish()
+    except UserError as error:
+        log(str(error))
+
+
+def sampler(run: Run) -> Callable[[Any], list[tuple[str, str]]]:
+    """Returns params -> [(prompt, continuation)] for the config's prompts."""
+    from gpt_jax.generation import generate_text
+
+    settings, model = run.config.sample, getattr(run.objective, "model", None)
+
+    def sample(params: Any) -> list[tuple[str, str]]:
+        if model is None or not settings.prompts:
+            return []
+        texts = generate_text(
+            model,
+            params["model"],
+            run.data.tokenizer,
+            list(settings.prompts),
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=run.config.seed,
+            bidirectional_prompt=bidirectional_prompt(run.config.objective),
+        )
+        return list(zip(settings.prompts, texts, strict=True))
+
+    return sample

@@ -8,6 +8,7 @@ is odd. Under a minute: what does not fit into the time is left out and said so,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -60,8 +61,6 @@ def run_preflight(
     """
     from gpt_jax import config as configs
     from gpt_jax.compiler_flags import apply_flags
-    from gpt_jax.data.cache import cache_root
-    from gpt_jax.run import mesh_of
 
     began = time.monotonic()
     apply_flags(config.compiler.flags, config.compiler.extra)
@@ -71,8 +70,43 @@ def run_preflight(
         join_seconds=min(config.distributed.join_seconds, seconds),
         facts={"the config": distributed.fingerprint(configs.to_dict(config)), "--workdir": workdir},
     )
-    say = log if place is None or place.index == 0 else (lambda line: None)  # asks no device, which may hang
-    steps: dict[str, Callable[[], list[Check]]] = {
+    index = 0 if place is None else place.index
+    say = log if index == 0 else (lambda line: None)  # asks no device, which may hang
+    steps = steps_of(config, workdir, needed_bytes)
+    at = Progress(list(steps), began)
+    left: Sequence[str] = ()
+    limit = limit or max(60.0, seconds)
+    watchdog = threading.Timer(limit, end_overdue, (at, limit, index, say))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        for number, (name, step) in enumerate(steps.items()):
+            at.now = number
+            if distributed.decide(at.seconds > 0.8 * seconds):
+                left = at.steps[at.now :]
+                at.checks.append(Check("time", None, f"left out after {at.seconds:.0f} s: {', '.join(left)}"))
+                say(str(at.checks[-1]))
+                break
+            try:
+                found = step()
+            except UserError as error:  # of the config, so the same on all processes: a mesh the devices do not make
+                found = [Check(name, False, str(error))]
+            for check in found:
+                at.checks.append(check)
+                say(str(check))
+    finally:
+        watchdog.cancel()
+    result = summary(at.checks, left, at.seconds)
+    say(json.dumps(result))
+    return 1 if result["wrong"] else LEFT_OUT if left else 0
+
+
+def steps_of(config: Any, workdir: str, needed_bytes: int) -> dict[str, Callable[[], list[Check]]]:
+    """What is checked, by name and in order; see `run_preflight`."""
+    from gpt_jax.data.cache import cache_root
+    from gpt_jax.run import mesh_of
+
+    return {
         "processes": lambda: [check_processes()],
         "devices": lambda: check_devices(config.distributed.devices, config.distributed.device_kind),
         "data": lambda: [check_data(config.data, parts_of(config.objective))],
@@ -86,47 +120,37 @@ def run_preflight(
         "matmul": lambda: [check_matmul()],
         "collectives": lambda: check_collectives(mesh_of(config)),
     }
-    checks: list[Check] = []
-    left: list[str] = []
-    limit = limit or max(60.0, seconds)
-    names = list(steps)
-    now = names[0]
 
-    def overdue() -> None:
-        """What never returns (a collective whose other end is gone, a device in use) ends here, and is named."""
-        where = f"process {place.index if place else 0} on {platform.node()!r}"
-        check = Check(now, False, f"not done after {limit:g} s on {where}, which ends")
-        print(f"gpt-jax: pre-flight: {check.name}: {check.found}.", file=sys.stderr)
-        say(str(check))
-        say(json.dumps(summary([*checks, check], names[names.index(now) + 1 :], time.monotonic() - began)))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
 
-    watchdog = threading.Timer(limit, overdue)
-    watchdog.daemon = True
-    watchdog.start()
-    try:
-        for now, step in steps.items():
-            late = time.monotonic() - began > 0.8 * seconds
-            if distributed.decide(late):
-                left = names[names.index(now) :]
-                text = f"left out after {time.monotonic() - began:.0f} s: {', '.join(left)}"
-                checks.append(Check("time", None, text))
-                say(str(checks[-1]))
-                break
-            try:
-                found = step()
-            except UserError as error:  # of the config, so the same on all processes: a mesh the devices do not make
-                found = [Check(now, False, str(error))]
-            for check in found:
-                checks.append(check)
-                say(str(check))
-    finally:
-        watchdog.cancel()
-    result = summary(checks, left, time.monotonic() - began)
-    say(json.dumps(result))
-    return 1 if result["wrong"] else LEFT_OUT if left else 0
+@dataclasses.dataclass
+class Progress:
+    """How far a pre-flight is: its loop moves it on, its watchdog reads it from a thread of its own.
+
+    Attributes:
+      steps: names, in order. began: on the monotonic clock. now: which of them runs. checks: what was found so far.
+    """
+
+    steps: Sequence[str]
+    began: float
+    now: int = 0
+    checks: list[Check] = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+def end_overdue(at: Progress, limit: float, index: int, say: Callable[[str], None]) -> None:
+    """Ends the process `index` in the midst of a step that never returns (a collective whose other end is gone, a
+    device in use), and names it."""
+    where = f"process {index} on {platform.node()!r}"
+    check = Check(at.steps[at.now], False, f"not done after {limit:g} s on {where}, which ends")
+    print(f"gpt-jax: pre-flight: {check.name}: {check.found}.", file=sys.stderr)
+    say(str(check))
+    say(json.dumps(summary([*at.checks, check], at.steps[at.now + 1 :], at.seconds)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def summary(checks: Sequence[Check], left: Sequence[str], seconds: float) -> dict[str, Any]:

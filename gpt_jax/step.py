@@ -8,23 +8,21 @@ batch's gradient, uneven token counts and dropout included.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import optax
 from flax import linen as nn
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.compiler_flags import options
+from gpt_jax.compiler_flags import options_on
 from gpt_jax.errors import UserError, nearest
+from gpt_jax.memory import return_freed_memory
 from gpt_jax.objectives.base import Objective
 from gpt_jax.optim import Optimizer
 from gpt_jax.sharding import (
@@ -53,6 +51,11 @@ def cut(tree: Any, n: int) -> Any:
         return jnp.swapaxes(leaf.reshape(leaf.shape[0] // n, n, *leaf.shape[1:]), 0, 1)
 
     return jax.tree.map(one, tree)
+
+
+def uncut(tree: Any) -> Any:
+    """Puts rows back together that `cut` took apart: [n, B/n, ...] -> [B, ...]."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), tree)
 
 
 def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, microbatches: int) -> Array:
@@ -102,6 +105,36 @@ def ratio(total: Array, weight: Array) -> Array:
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
 
 
+def prepared(
+    objective: Objective, params: Any, batch: Any, *, step: Array, seed: int, microbatches: int = 1
+) -> tuple[Any, Array, dict[str, Array]]:
+    """Corrupts and weighs a global batch: what comes before the loss.
+
+    Args:
+      objective: the plug-in. params: all of them, for weights that depend on a model. batch: as the data delivers it.
+      step, seed: give every row its key. microbatches: pieces in which rows are scored.
+
+    Returns:
+      (batch, keys of its rows, {term: weight of the whole batch}).
+    """
+    with jax.named_scope("prepare"):  # a name that forensics tells
+        keys = row_keys(seed, step, jnp.arange(objective.num_rows(batch)))
+        batch = objective.prepare(batch, keys, step)
+    if objective.needs_scores:
+        fixed = jax.tree.map(lax.stop_gradient, params)
+        batch = objective.weigh(batch, _scores(objective, fixed, batch, keys, microbatches), step)
+    totals = {term: jnp.sum(weight, dtype=jnp.float32) for term, weight in objective.weights(batch).items()}
+    return batch, keys, totals
+
+
+def _scores(objective: Objective, params: Any, batch: Any, keys: Array, microbatches: int) -> Any:
+    """The objective's scores of all rows, made in micro-batches."""
+    if microbatches == 1:
+        return objective.score(params, batch, keys)
+    pieces = cut((batch, keys), microbatches)
+    return uncut(lax.scan(lambda _, piece: (None, objective.score(params, *piece)), None, pieces)[1])
+
+
 def gradients(
     objective: Objective,
     params: Any,
@@ -123,52 +156,22 @@ def gradients(
     Returns:
       (loss, metrics by name, gradient with respect to `params`, float32).
     """
-    rows = objective.num_rows(batch)
-    with jax.named_scope("prepare"):  # names that forensics tells
-        keys = row_keys(seed, step, jnp.arange(rows))
-        batch = objective.prepare(batch, keys, step)
-    pieces, piece_keys = (cut(batch, microbatches), cut(keys, microbatches)) if microbatches > 1 else (None, None)
-
-    if objective.needs_scores:
-        fixed = jax.tree.map(lax.stop_gradient, join(params, frozen))
-        if microbatches == 1:
-            scores = objective.score(fixed, batch, keys)
-        else:
-            _, scores = lax.scan(
-                lambda _, xs: (None, objective.score(fixed, *xs)), None, (pieces, piece_keys), length=microbatches
-            )
-            scores = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), scores)
-        batch = objective.weigh(batch, scores, step)
-        pieces = cut(batch, microbatches) if microbatches > 1 else None
-    totals = {term: jnp.sum(weight, dtype=jnp.float32) for term, weight in objective.weights(batch).items()}
+    batch, keys, totals = prepared(
+        objective, join(params, frozen), batch, step=step, seed=seed, microbatches=microbatches
+    )
 
     def piece_loss(params: Any, piece: Any, keys: Array) -> tuple[Array, tuple[dict, dict]]:
         sums, metrics = objective.loss(join(params, frozen), piece, keys, True)
         total = total_loss(objective, sums, totals, step, microbatches)
         return total, ({term: value for term, value in sums.items() if not is_off(objective.coefs[term])}, metrics)
 
-    grad = jax.value_and_grad(piece_loss, has_aux=True)
+    piece_gradient = functools.partial(jax.value_and_grad(piece_loss, has_aux=True), params)
     if microbatches == 1:
-        (loss, (sums, metrics)), grads = grad(params, batch, keys)
+        (loss, (sums, metrics)), grads = piece_gradient(batch, keys)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     else:
-
-        def body(carry, xs):
-            (loss, aux), grads = grad(params, *xs)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (loss, aux, grads)), None
-
-        first = jax.eval_shape(lambda p, k: grad(params, p, k), *jax.tree.map(lambda x: x[0], (pieces, piece_keys)))
-        (loss, aux), grads = first
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (loss, aux, grads))
-        if active is None:
-            (loss, (sums, metrics), grads), _ = lax.scan(body, zeros, (pieces, piece_keys))
-        else:
-
-            def indexed(j: Array, carry: Any) -> Any:
-                piece = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, j, keepdims=False), (pieces, piece_keys))
-                return body(carry, piece)[0]
-
-            loss, (sums, metrics), grads = lax.fori_loop(0, active, indexed, zeros)
+        pieces = cut((batch, keys), microbatches)
+        (loss, (sums, metrics)), grads = accumulated(piece_gradient, pieces, active)
 
     values = {"loss": loss}
     for term, value in sums.items():
@@ -176,6 +179,83 @@ def gradients(
         values[f"loss/{term}"] = plain
     values |= {name: ratio(value, weight) for name, (value, weight) in metrics.items()}
     return loss, values, grads
+
+
+def accumulated(of_piece: Callable[..., Any], pieces: tuple, active: Array | None = None) -> Any:
+    """Adds up, in float32, what `of_piece(*piece)` returns of each micro-batch.
+
+    Args:
+      pieces: of `cut`. active: only the first so many of them; None is all.
+    """
+
+    def add(sums: Any, piece: tuple) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, of_piece(*piece)), None
+
+    first = jax.eval_shape(lambda pieces: of_piece(*jax.tree.map(lambda x: x[0], pieces)), pieces)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
+    if active is None:
+        return lax.scan(add, zeros, pieces)[0]
+
+    def add_numbered(j: Array, sums: Any) -> Any:
+        return add(sums, jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, j, keepdims=False), pieces))[0]
+
+    return lax.fori_loop(0, active, add_numbered, zeros)
+
+
+def updated(
+    state: TrainState,
+    loss: Array,
+    grads: Any,
+    optimizer: Optimizer,
+    *,
+    clip_norm: float,
+    ema: float,
+    platform: str,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Updates a state by a gradient; one that is not finite is counted, and changes nothing else.
+
+    Args:
+      clip_norm, ema: see `build_train_step`. platform: what it runs on.
+
+    Returns:
+      (the state after the step, what it measures).
+    """
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
+
+    def advance() -> Any:
+        with jax.named_scope("optimizer"):  # a name that forensics tells
+            clipped = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
+            updates, opt_state = optimizer.tx.update(clipped, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params) if ema else state.ema
+        return params, opt_state, average
+
+    old = (state.params, state.opt_state, state.ema)
+    params, opt_state, average = keep_unless(finite, advance, old, platform)
+    good, bad = state.skipped * jnp.array([0, 1]), state.skipped + 1  # a good update ends the row of bad ones
+    skipped = jnp.where(finite, good, bad)
+    new = dataclasses.replace(
+        state, step=state.step + 1, params=params, opt_state=opt_state, ema=average, skipped=skipped
+    )
+    return new, {
+        "grad_norm": norm,
+        "lr": optimizer.schedule(state.step - state.skipped[1]),
+        "skipped": skipped[1].astype(jnp.float32),
+        "skipped_in_a_row": skipped[0].astype(jnp.float32),
+    }
+
+
+def keep_unless(good: Array, advance: Callable[[], Any], old: Any, platform: str) -> Any:
+    """What `advance` returns, or where not `good` what there was.
+
+    On CPU as a branch: XLA fuses no two results into one loop there, so that with a choice by element the new moments
+    and the new parameters each read the old moments, which were copied. On a GPU a branch waits for the host.
+    """
+    if platform == "cpu":
+        return lax.cond(good, advance, lambda: old)
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), advance(), old)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,44 +375,27 @@ def build_train_step(
     if isinstance(optimizer, optax.GradientTransformation):
         optimizer = Optimizer(optimizer, lambda count: jnp.full((), jnp.nan))
     mesh = mesh or make_mesh()
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch_spec):
-        if microbatches < 1 or leaf.shape[0] % (microbatches * rows):
-            raise UserError(
-                f"the batch has {leaf.shape[0]} rows ({path_name(path)}), which microbatches={microbatches} "
-                f"x {rows} devices (data x fsdp) do not divide."
-            )
+    platform = mesh.devices.flat[0].platform
+    _check_rows(batch_spec, mesh, microbatches)
     frozen = (*objective.frozen, *optimizer.frozen)
-    dummy = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.tree.map(_one_row, batch_spec))
-    boxed = jax.eval_shape(lambda key: objective.init(key, dummy), jax.random.key(0))
-    shardings = split(param_shardings(boxed, mesh, rules), frozen)
+    row = jax.tree.map(lambda s: jnp.zeros((1, *s.shape[1:]), s.dtype), batch_spec)
+    boxed = jax.eval_shape(lambda key: objective.init(key, row), jax.random.key(0))
+    trained_at, frozen_at = split(param_shardings(boxed, mesh, rules), frozen)
 
     def init(key: Array) -> TrainState:
-        trained, fixed = split(unbox(objective.init(key, dummy)), frozen)
-        trained, fixed = (lax.with_sharding_constraint(t, s) for t, s in zip((trained, fixed), shardings, strict=True))
+        trained, fixed = split(unbox(objective.init(key, row)), frozen)
+        trained = lax.with_sharding_constraint(trained, trained_at)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=trained,
-            frozen=fixed,
+            frozen=lax.with_sharding_constraint(fixed, frozen_at),
             opt_state=optimizer.tx.init(trained),
             ema=jax.tree.map(jnp.copy, trained) if ema else None,
             skipped=jnp.zeros(2, jnp.int32),
         )
 
-    platform = mesh.devices.flat[0].platform
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    _check_dtypes(optimizer, abstract.params, abstract.opt_state)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    placed = TrainState(
-        step=replicated,
-        params=shardings[0],
-        frozen=shardings[1],
-        opt_state=state_shardings(abstract.opt_state, abstract.params, shardings[0], mesh),
-        ema=shardings[0] if ema else None,
-        skipped=replicated,
-    )
-
     def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        active = active_microbatches(state.step) if active_microbatches and microbatches > 1 else None
         loss, metrics, grads = gradients(
             objective,
             state.params,
@@ -341,49 +404,23 @@ def build_train_step(
             step=state.step,
             seed=seed,
             microbatches=microbatches,
-            active=active_microbatches(state.step) if active_microbatches and microbatches > 1 else None,
+            active=active,
         )
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
-        old = (state.params, state.opt_state, state.ema)
+        state, more = updated(state, loss, grads, optimizer, clip_norm=clip_norm, ema=ema, platform=platform)
+        return state, metrics | more
 
-        def advance() -> Any:
-            with jax.named_scope("optimizer"):
-                clipped = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
-                updates, opt_state = optimizer.tx.update(clipped, state.opt_state, state.params)
-                params = optax.apply_updates(state.params, updates)
-            average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), state.ema, params) if ema else state.ema
-            return params, opt_state, average
-
-        params, opt_state, average = keep_unless(finite, advance, old, platform)
-        skipped = jnp.where(
-            finite, state.skipped * jnp.array([0, 1]), state.skipped + 1
-        )  # a good update ends the row of bad ones
-        metrics |= {
-            "grad_norm": norm,
-            "lr": optimizer.schedule(state.step - state.skipped[1]),
-            "skipped": skipped[1].astype(jnp.float32),
-            "skipped_in_a_row": skipped[0].astype(jnp.float32),
-        }
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            frozen=state.frozen,
-            opt_state=opt_state,
-            ema=average,
-            skipped=skipped,
-        )
-        return new, metrics
-
-    placed_batch = batch_shardings(batch_spec, mesh)
-    jitted = jax.jit(
-        update,
-        in_shardings=(placed, placed_batch),
-        out_shardings=(placed, replicated),
-        donate_argnums=(0,),
-        compiler_options=_on_cpu(options("update"), platform),
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    _check_dtypes(optimizer, abstract.params, abstract.opt_state)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    placed = TrainState(
+        step=replicated,
+        params=trained_at,
+        frozen=frozen_at,
+        opt_state=state_shardings(abstract.opt_state, abstract.params, trained_at, mesh),
+        ema=trained_at if ema else None,
+        skipped=replicated,
     )
+    placed_batch = batch_shardings(batch_spec, mesh)
     return TrainStep(
         objective=objective,
         optimizer=optimizer,
@@ -393,9 +430,26 @@ def build_train_step(
         shardings=placed,
         batch_spec=batch_spec,
         batch_shardings=placed_batch,
-        jitted=jitted,
-        init_jitted=jax.jit(init, out_shardings=placed, compiler_options=_on_cpu(options("init"), platform)),
+        jitted=jax.jit(
+            update,
+            in_shardings=(placed, placed_batch),
+            out_shardings=(placed, replicated),
+            donate_argnums=(0,),
+            compiler_options=options_on("update", platform),
+        ),
+        init_jitted=jax.jit(init, out_shardings=placed, compiler_options=options_on("init", platform)),
     )
+
+
+def _check_rows(batch_spec: Any, mesh: Mesh, microbatches: int) -> None:
+    """Raises a UserError where micro-batches or devices do not divide a batch's rows."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch_spec):
+        if microbatches < 1 or leaf.shape[0] % (microbatches * rows):
+            raise UserError(
+                f"the batch has {leaf.shape[0]} rows ({path_name(path)}), which microbatches={microbatches} "
+                f"x {rows} devices (data x fsdp) do not divide."
+            )
 
 
 def _refuse_other_shapes(batch: Any, spec: Any) -> None:
@@ -422,33 +476,3 @@ def _check_dtypes(optimizer: Optimizer, params: Any, opt_state: Any) -> None:
                 f"the optimizer turns {path_name(path)} of its state from {old.dtype}{list(old.shape)} into "
                 f"{new.dtype}{list(new.shape)}; an update must keep shapes and types."
             )
-
-
-def keep_unless(good: Array, advance: Callable[[], Any], old: Any, platform: str) -> Any:
-    """What `advance` returns, or where not `good` what there was.
-
-    On CPU as a branch: XLA fuses no two results into one loop there, so that with a choice by element the new moments
-    and the new parameters each read the old moments, which were copied. On a GPU a branch waits for the host.
-    """
-    if platform == "cpu":
-        return lax.cond(good, advance, lambda: old)
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), advance(), old)
-
-
-def return_freed_memory() -> None:
-    """Gives memory that is free in this process back to the system, with glibc: some 300 MB after a compilation.
-
-    glibc keeps it in pieces, and the arrays of a step find no room there.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # musl has none
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _on_cpu(options: dict[str, Any], platform: str) -> dict[str, Any] | None:
-    """Compiler options for a CPU, None elsewhere: experimental ones, that another jaxlib may refuse to know."""
-    return options if platform == "cpu" and jaxlib.version.__version__.startswith("0.10.") else None
-
-
-def _one_row(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *spec.shape[1:]), spec.dtype)

@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from gpt_jax.errors import UserError, choose
-from gpt_jax.run import saved_config
+from gpt_jax.inherit import saved_config
 
 
 def main(argv: list[str] | None = None) -> int:

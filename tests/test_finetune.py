@@ -10,8 +10,9 @@ import pytest
 
 from gpt_jax.config import resolve
 from gpt_jax.errors import UserError
+from gpt_jax.inherit import following_init
 from gpt_jax.metrics import read_rows
-from gpt_jax.run import build_run, following_init, restore_run
+from gpt_jax.run import build_run, restore_run
 from gpt_jax.train import train
 
 TINY = {

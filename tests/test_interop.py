@@ -448,7 +448,7 @@ def test_gpt2s_two_files_come_in_and_go_out_as_one(tmp_path):
 
 def test_a_run_that_starts_from_another_keeps_its_own_scaling(tmp_path):
     from gpt_jax.config import resolve
-    from gpt_jax.run import following_init
+    from gpt_jax.inherit import following_init
 
     scaling = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
     save_llama(tmp_path / "hf", rope_scaling=scaling | dict(original_max_position_embeddings=16))

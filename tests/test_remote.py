@@ -19,9 +19,9 @@ from gpt_jax.data.readers import expand_paths
 from gpt_jax.data.store import fetch_store, is_store, open_store
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.hooks import copier
 from gpt_jax.remote import Remote, download, fetch_file, is_url, reaching, run_folder, upload
 from gpt_jax.tasks import load_task
-from gpt_jax.train import copier
 from gpt_jax.workdir import Workdir, open_workdir
 
 

@@ -436,7 +436,7 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
         raise RuntimeError("a metric that cannot be had")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "evaluate_all", fails)
+        patch.setattr("gpt_jax.hooks.evaluate_all", fails)
         with pytest.raises(RuntimeError, match="a metric"):
             module.train(resolve(tree), str(tmp_path / "run"), log=said.append)
     assert list_steps(tmp_path / "run" / "checkpoints") == [5]
@@ -449,7 +449,7 @@ def test_an_error_of_validation_loses_no_step(tmp_path, monkeypatch):
 
     whole = module.train(resolve(tree), str(tmp_path / "whole"), log=said.append)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "evaluate_all", fails)  # a run that has ended knows what it was worth
+        patch.setattr("gpt_jax.hooks.evaluate_all", fails)  # a run that has ended knows what it was worth
         again = module.train(resolve(tree), str(tmp_path / "whole"), log=said.append)
     skipping = resolve(tree | {"steps": 7}, {"data.skip": "[(1, 3)]"})
     with pytest.raises(UserError, match=r"batches before 5 are behind the run, at step 5"):

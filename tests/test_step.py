@@ -359,7 +359,7 @@ def test_on_cpu_moments_are_updated_where_they_lie():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 def test_memory_that_is_free_in_pieces_goes_back():
     code = """if True:
-    from gpt_jax.step import return_freed_memory
+    from gpt_jax.memory import return_freed_memory
 
     def resident():
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1e3

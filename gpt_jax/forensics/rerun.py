@@ -13,7 +13,7 @@ import jax
 from gpt_jax.errors import UserError
 from gpt_jax.forensics.spikes import jsonable
 from gpt_jax.metrics import read_rows
-from gpt_jax.run import Run, build_run, saved_run
+from gpt_jax.run import Run, rebuild_run
 from gpt_jax.train import initial_state
 from gpt_jax.workdir import describe_environment, open_workdir
 
@@ -78,7 +78,7 @@ def rerun(workdir: str, steps: int) -> dict[str, Any]:
 
 def open_recorded(workdir: str) -> tuple[Run, dict[int, dict[str, Any]]]:
     """Rebuilds a run and reads its rows by step."""
-    run = build_run(*saved_run(workdir))
+    run = rebuild_run(workdir)
     with open_workdir(workdir, lock=False) as directory:
         return run, {row["step"]: row for row in read_rows(directory.metrics_path)}
 

@@ -18,7 +18,7 @@ from gpt_jax.data.permutation import mix, permute
 from gpt_jax.files import atomic_write
 from gpt_jax.metrics import MetricsWriter
 from gpt_jax.sharding import path_name
-from gpt_jax.step import ratio, row_keys, total_loss
+from gpt_jax.step import prepared, ratio, total_loss
 from gpt_jax.workdir import Workdir
 
 FOLDER = "spikes"
@@ -37,11 +37,7 @@ def build_examine(step: Any, seed: int) -> Callable[[Any, Any, Any], dict[str, A
     objective = step.objective
 
     def examine(params: Any, batch: Any, number: Any) -> dict[str, Any]:
-        keys = row_keys(seed, number, jnp.arange(objective.num_rows(batch)))
-        batch = objective.prepare(batch, keys, number)
-        if objective.needs_scores:
-            batch = objective.weigh(batch, objective.score(params, batch, keys), number)
-        totals = {term: jnp.sum(weight, dtype=jnp.float32) for term, weight in objective.weights(batch).items()}
+        batch, keys, totals = prepared(objective, params, batch, step=number, seed=seed)
         with_path = jax.tree_util.tree_map_with_path
 
         def is_weight(path: Any) -> bool:
