@@ -228,6 +228,7 @@ def first_state(
             lambda: strip(run.step.init(run.config.seed)),
             changed,
             log,
+            to_dict(run.config),
         )
         frozen = checkpointer.restore_frozen(abstract.frozen) if jax.tree.leaves(abstract.frozen) else abstract.frozen
         log(f"continuing at step {latest} of {run.config.steps}")
