@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gpt_jax import distributed
 from gpt_jax.checkpoint import Checkpointer
@@ -116,13 +117,17 @@ def _parts(values: Mapping[str, float]) -> list[tuple[str, float]]:
 
 @dataclasses.dataclass
 class Save:
-    """Saves the state when it is due, after the rows up to its step are on disk."""
+    """Saves the state when it is due, after the rows up to its step are on disk; never parameters that are not finite.
+
+    A finite gradient may still give an update that is not (an epsilon of 0), which the step does not look for.
+    """
 
     checkpointer: Checkpointer
     writer: MetricsWriter
     metadata: Mapping[str, Any]
     every_steps: int
     every_minutes: float
+    log: Callable[[str], None]
     copy_logs: Callable[[], None] = lambda: None
     last: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -136,10 +141,19 @@ class Save:
     def __call__(self, step: int, state: Any) -> None:
         self.writer.flush()
         self.copy_logs()
+        self.last = time.monotonic()
+        if not all_finite(state.params):
+            self.log(f"step {step}: parameters are not finite, not saved: the checkpoints before are kept")
+            return
         self.checkpointer.save(
             step, strip(state), metadata=self.metadata, valid_losses=self.writer.column("valid/loss")
         )
-        self.last = time.monotonic()
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no leaf holds an infinity or something that is no number."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 @dataclasses.dataclass
@@ -236,6 +250,7 @@ def open_hooks(
                 directory.checkpoint_metadata(to_dict(config)),
                 config.checkpoint.every_steps,
                 config.checkpoint.every_minutes,
+                log,
                 copier(config.log.copy_to, directory, log),
             ),
             trace=trace,

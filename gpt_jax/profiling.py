@@ -54,6 +54,12 @@ def parse_steps(text: str) -> range:
     return range(first, last + 1)
 
 
+def check_steps(steps: range, start: int, end: int) -> None:
+    """Raises UserError if a run from step `start` to `end` makes none of the steps to trace."""
+    if steps and not set(steps) & set(range(start + 1, end + 1)):
+        raise UserError(f"--profile is {steps[0]}:{steps[-1]}, and this run makes the steps {start + 1} to {end}.")
+
+
 class Trace:
     """Traces the steps of a range into a folder; costs nothing on others.
 

@@ -58,7 +58,7 @@ def uncut(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), tree)
 
 
-def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, microbatches: int) -> Array:
+def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, pieces: Array | int) -> Array:
     """sum_k coef_k S_k / W_k: 0 where W_k is 0; terms that are not sums over rows are averaged over micro-batches."""
     total = jnp.zeros((), jnp.float32)
     check_terms(objective, sums, totals)
@@ -67,7 +67,7 @@ def total_loss(objective: Objective, sums: dict, totals: dict, step: Array, micr
             continue
         value = coef(step) if callable(coef) else coef
         if term in objective.batch_terms:
-            total += value * sums[term] / microbatches
+            total += value * sums[term] / pieces
         else:
             total += value * ratio(sums[term], totals[term])
     return total
@@ -160,9 +160,11 @@ def gradients(
         objective, join(params, frozen), batch, step=step, seed=seed, microbatches=microbatches
     )
 
+    processed = microbatches if active is None else active
+
     def piece_loss(params: Any, piece: Any, keys: Array) -> tuple[Array, tuple[dict, dict]]:
         sums, metrics = objective.loss(join(params, frozen), piece, keys, True)
-        total = total_loss(objective, sums, totals, step, microbatches)
+        total = total_loss(objective, sums, totals, step, processed)
         return total, ({term: value for term, value in sums.items() if not is_off(objective.coefs[term])}, metrics)
 
     piece_gradient = functools.partial(jax.value_and_grad(piece_loss, has_aux=True), params)
@@ -175,7 +177,7 @@ def gradients(
 
     values = {"loss": loss}
     for term, value in sums.items():
-        plain = value / microbatches if term in objective.batch_terms else ratio(value, totals[term])
+        plain = value / processed if term in objective.batch_terms else ratio(value, totals[term])
         values[f"loss/{term}"] = plain
     values |= {name: ratio(value, weight) for name, (value, weight) in metrics.items()}
     return loss, values, grads

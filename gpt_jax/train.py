@@ -24,7 +24,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.hooks import Hooks, due, open_hooks, publish_or_say, strip
 from gpt_jax.inherit import following_init, saved_tokenizer
 from gpt_jax.metrics import read_rows
-from gpt_jax.profiling import Startup
+from gpt_jax.profiling import Startup, check_steps
 from gpt_jax.report import write_report
 from gpt_jax.report_page import describe_memory
 from gpt_jax.resume import agreed_latest, check_skip, continued_state
@@ -66,6 +66,7 @@ def train(
         checkpointer = stack.enter_context(open_checkpointer(run.config, directory))
         at = Progress(*first_state(run, checkpointer, changes, log))
         check_skip(changes, run.order, at.start)
+        check_steps(profile, at.start, run.config.steps)
         environment = record_start(run, directory, at.start, changes)
         startup.mark("restored state" if at.start else "fresh state")
         hooks = stack.enter_context(open_hooks(run, directory, checkpointer, at.start, profile, log))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from gpt_jax import checkpoint, checkpoint_folder
 from gpt_jax.checkpoint import Checkpointer, steps_to_keep
 from gpt_jax.checkpoint_parts import load_params, restore_some, restore_subset
 from gpt_jax.errors import UserError
+from gpt_jax.hooks import Save
+from gpt_jax.train_state import TrainState
 
 # Orbax abandons coroutines when the read of a damaged file fails.
 pytestmark = [
@@ -533,3 +536,16 @@ def test_restore_some_keeps_what_is_not_asked_for(run_with_frozen):
     mixed, done = restore_some(run, None, fresh, only="^params/")
     assert bits(mixed["params"]) == bits(state["params"]) and bits(mixed["ema"]) == bits(fresh["ema"])
     assert "opt_state/other" in done.initialised and not done.ignored
+
+
+def test_a_run_saves_no_parameters_that_are_not_finite(tmp_path):
+    said = []
+    writer = types.SimpleNamespace(flush=lambda: None, column=lambda name: {})
+    with Checkpointer(tmp_path) as checkpointer:
+        save = Save(checkpointer, writer, {}, every_steps=1, every_minutes=0.0, log=said.append)
+        for step, value in ((1, 1.0), (2, jnp.nan), (3, jnp.inf)):
+            params = {"good": jnp.ones(3), "odd": jnp.array([0.0, value])}
+            save(step, TrainState(jnp.int32(step), params, {}, {}, {}, jnp.zeros(2, jnp.int32)))
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1]
+    assert [line.split(":")[0] for line in said] == [f"step {k}" for k in (2, 3)] and "not finite" in said[0]

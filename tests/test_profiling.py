@@ -10,7 +10,7 @@ import pytest
 
 from gpt_jax.cli import main
 from gpt_jax.errors import UserError
-from gpt_jax.profiling import Startup, Trace, parse_steps, process_seconds
+from gpt_jax.profiling import Startup, Trace, check_steps, parse_steps, process_seconds
 
 
 def test_steps_are_read_as_they_are_counted():
@@ -18,6 +18,14 @@ def test_steps_are_read_as_they_are_counted():
     for text in ("0", "5:2", "a", "1:2:3", "-1"):
         with pytest.raises(UserError, match="--profile is"):
             parse_steps(text)
+
+
+def test_steps_that_a_run_does_not_make_are_refused():
+    check_steps(range(0), 5, 5)
+    check_steps(range(3, 99), 5, 6)
+    for steps, start, end in ((range(7, 9), 0, 6), (range(2, 6), 5, 9), (range(3, 4), 5, 5)):
+        with pytest.raises(UserError, match=f"--profile is {steps[0]}:{steps[-1]}, and this run makes the steps"):
+            check_steps(steps, start, end)
 
 
 def test_only_the_steps_of_the_range_are_traced(monkeypatch):
