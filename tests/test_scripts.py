@@ -1,4 +1,4 @@
-"""Scripts that no other test runs: the table of task results, and edit distance beside a discriminator."""
+"""Scripts that no other test runs: tables of task results and of plans, and edit distance beside a discriminator."""
 
 import json
 import pathlib
@@ -115,6 +115,16 @@ def test_a_part_of_a_mixture_is_what_the_config_has(results):
     config = load("tasks/four", overrides)
     assert list(config.objective["tasks"]) == ["wnut17"] and config.batch_size == 8
     assert config.objective["tasks"]["wnut17"] == load("tasks/four").objective["tasks"]["wnut17"]
+
+
+# -- plan_vs_measured ----------------------------------------------------------------------------------------------
+
+
+def test_the_error_of_plans_is_a_median_of_an_even_number_too_and_the_page_has_that_of_its_rows():
+    script = load_script("plan_vs_measured")
+    rows = {f"{error}": {"planned": 100.0 - error, "measured": 100.0} for error in (1, 12, 2, 5)}
+    assert script.error_line(rows) == "Error of the plan: median 3.5%, at most 12.0%."
+    assert script.error_line(script.rows_kept()) in script.PAGE.read_text()
 
 
 # -- edit_distance_detector ----------------------------------------------------------------------------------------
