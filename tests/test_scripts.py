@@ -144,6 +144,19 @@ def test_costs_of_a_window_are_those_around_a_token_cut_at_the_ends(detector):
     np.testing.assert_array_equal(costs[1], 1 - p[0, 1:4, 1:4])
 
 
+DETECTORS = ["discriminator", *(f"edit distance, window {n}" for n in (0, 1, 3))]
+
+
+@pytest.mark.parametrize("auc", [1.0, 0.0])
+def test_what_separates_wrong_tokens_has_the_auc_1_and_what_is_reversed_0(detector, auc):
+    at = np.array([*range(9), *range(15, 24)])  # windows of up to 7 around these are all right or all wrong
+    wrong = np.arange(24) >= 12
+    p = np.diag((wrong != auc).astype(np.float32))[None]  # sure of the right tokens; reversed: of the wrong ones
+    sure = np.where(wrong == auc, 0.9, 0.1)
+    found = detector.aucs(wrong[at], sure[at], p, np.zeros(len(at), int), at)
+    assert found == dict.fromkeys(DETECTORS, auc)
+
+
 @pytest.mark.slow
 def test_the_detectors_are_compared_on_a_run(detector, tmp_path, monkeypatch, capsys):
     from gpt_jax.config import resolve
@@ -168,9 +181,7 @@ def test_the_detectors_are_compared_on_a_run(detector, tmp_path, monkeypatch, ca
     result = json.loads(out[-1])
     assert result["step"] == 60 and result["rows"] == 30 and 0 < result["levenshtein"] <= result["hamming"]
     for where in ("selected", "all"):
-        auc = result["auc"][where]
-        assert list(auc) == ["discriminator", *(f"edit distance, window {n}" for n in (0, 1, 3))]
-        assert all(0 <= value <= 1 for value in auc.values())
+        assert list(result["auc"][where]) == DETECTORS
         assert sum(line.startswith(f"{where} tokens: ") for line in out) == 1
     assert call(detector, monkeypatch, f"--workdir={tmp_path / 'none'}") == 1
     assert capsys.readouterr().err.startswith("edit_distance_detector: ")
