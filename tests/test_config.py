@@ -201,6 +201,8 @@ def test_describe_shows_every_key_with_its_meaning():
     assert [line.split(" = ")[0] for line in lines] == keys
     for line in lines:
         assert line.split("  # ", 1)[1].strip(), f"no meaning: {line}"
+    layouts = lines[keys.index("data.layout")].split("  # ")[1].split(" | ")
+    assert [text.split(": ")[0] for text in layouts] == ["packed", "padded", "bins"]
 
 
 # ---- changes of a continued run
