@@ -32,7 +32,7 @@ COMMANDS = {
     "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
     "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
     "inspect": "look into a checkpoint: attention, logit lens, heads, patching, attribution",
-    "rerun": "repeat the first steps of a run: is every number the same?",
+    "rerun": "repeat the first steps of a run, and say whether every number is the same",
     "replay": "repeat one step of a run: its rows, norms, and what first was not finite",
 }
 
