@@ -10,7 +10,7 @@ from helpers import params_of, tiny, tokens
 
 from gpt_jax.beam import beam_search, length_penalty
 from gpt_jax.errors import UserError
-from gpt_jax.generation import generate
+from gpt_jax.generation import batches_for_search, generate
 from gpt_jax.model import Cache, Transformer
 from gpt_jax.model.cache import cache_bytes, ring_slots
 
@@ -71,6 +71,17 @@ def test_one_beam_is_greedy_and_prompts_do_not_disturb_each_other():
         assert [ids for ids, _ in alone] == [ids for ids, _ in found]
         scores = [score for _, score in found]
         assert scores == sorted(scores, reverse=True) and len({tuple(ids) for ids, _ in found}) == 3
+
+
+def test_prompts_are_searched_together_as_far_as_their_rows_are_64():
+    prompts = [[7] * n for n in (5, 1, 3, *[2] * 40)]
+    for width, most in ((1, 32), (4, 16), (100, 1)):
+        found = list(batches_for_search(prompts, width))
+        assert sorted(row for rows, _, _ in found for row in rows) == list(range(43))
+        assert max(len(rows) for rows, _, _ in found) == most
+        for rows, ids, lengths in found:
+            assert lengths[: len(rows)].tolist() == [len(prompts[row]) for row in rows]
+            assert (ids == 7).sum(1).tolist() == lengths.tolist() and (ids[: len(rows), -1] == 7).all()
 
 
 def test_mistakes_are_named(four):
