@@ -20,7 +20,6 @@ import ast
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import traceback
@@ -493,12 +492,3 @@ def dumps(config: Config) -> str:
 def loads(text: str) -> Config:
     """Reads a resolved config written by `dumps`."""
     return resolve(json.loads(text))
-
-
-def expand_path(path: str) -> str:
-    """Expands ~ and $VARS in a path; raises UserError naming a variable that is not set."""
-    out = os.path.expandvars(os.path.expanduser(path))
-    if "$" in out:
-        name = out[out.index("$") + 1 :].split("/")[0].strip("{}")
-        raise UserError(f"{path!r} needs the environment variable {name}, which is not set.")
-    return out

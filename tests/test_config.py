@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from gpt_jax import config_changes
-from gpt_jax.config import Config, describe, dumps, expand_path, find_config, load, loads, resolve, to_dict
+from gpt_jax.config import Config, describe, dumps, find_config, load, loads, resolve, to_dict
 from gpt_jax.config_changes import FREE, IMPOSSIBLE, NUMERICS, classify, compare, compare_data, decide
 from gpt_jax.errors import UserError
 
@@ -167,14 +167,6 @@ def test_a_broken_file_is_a_sentence(config_file, body, message):
 def test_an_unknown_name_lists_the_closest_and_all():
     with pytest.raises(UserError, match=r"no config file 'quikstart' \(did you mean 'quickstart'\?\).*gpt2_124m"):
         find_config("quikstart")
-
-
-def test_paths_expand_and_name_an_unset_variable(monkeypatch):
-    monkeypatch.setenv("SOME_FOLDER", "/data")
-    assert expand_path("$SOME_FOLDER/x") == "/data/x"
-    monkeypatch.delenv("SOME_FOLDER")
-    with pytest.raises(UserError, match="needs the environment variable SOME_FOLDER, which is not set"):
-        expand_path("${SOME_FOLDER}/x")
 
 
 # ---- writing
