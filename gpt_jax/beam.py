@@ -17,13 +17,12 @@ from flax import struct
 from jax import Array, lax
 
 from gpt_jax.errors import UserError
-from gpt_jax.generation import batches_by_length, bucket, check_prompts, pad_left, positions_of
+from gpt_jax.generation import batches_for_search, bucket, check_prompts, positions_of
 from gpt_jax.model import Cache, Transformer
 from gpt_jax.model.cache import ring_slots
 from gpt_jax.model.decoding import decoding_params
 
 _WORST = -1e30
-_ROWS = 64  # rows of the cache of one search: prompts x beams
 
 
 @struct.dataclass
@@ -76,29 +75,17 @@ def beam_search(
     if alpha < 0:
         raise UserError(f"the length penalty is {alpha}; it must be at least 0.")
     ids = check_prompts(model, prompts, max_tokens, eot)
-    prepared = decoding_params(model.config, params, jax.default_backend() == "cpu" and beams > 1)
+    prepared = decoding_params(model.config, params, beams)
     out: list[list[tuple[list[int], float]]] = [[] for _ in ids]
-    most = max(1, _ROWS // beams)
-    for group in batches_by_length(ids):
-        for rows in (group[i : i + most] for i in range(0, len(group), most)):
-            tokens, lengths = pad_left([ids[row] for row in rows])
-            lengths = np.maximum(lengths, 1)  # of rows without a prompt
-            size = bucket(max_tokens, least=8)
-            final = _search(
-                model,
-                beams,
-                size,
-                prepared,
-                tokens,
-                lengths,
-                np.int32(max_tokens),
-                np.float32(alpha),
-                np.int32(-1 if eot is None else eot),
-            )
-            texts, scores, found = jax.device_get((final.ended_BxWxN, final.scores_BxW, final.lengths_BxW))
-            for i, row in enumerate(rows):
-                kept = [w for w in range(beams) if scores[i, w] > _WORST / 2][:results]
-                out[row] = [(texts[i, w, : found[i, w]].tolist(), float(scores[i, w])) for w in kept]
+    size = bucket(max_tokens, least=8)
+    limits = (np.int32(max_tokens), np.float32(alpha), np.int32(-1 if eot is None else eot))
+    for rows, tokens, lengths in batches_for_search(ids, beams):
+        lengths = np.maximum(lengths, 1)  # of rows without a prompt
+        final = _search(model, beams, size, prepared, tokens, lengths, *limits)
+        texts, scores, found = jax.device_get((final.ended_BxWxN, final.scores_BxW, final.lengths_BxW))
+        for i, row in enumerate(rows):
+            kept = [w for w in range(beams) if scores[i, w] > _WORST / 2][:results]
+            out[row] = [(texts[i, w, : found[i, w]].tolist(), float(scores[i, w])) for w in kept]
     return out
 
 

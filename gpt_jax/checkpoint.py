@@ -176,15 +176,6 @@ class Checkpointer:
         """Returns the newest complete checkpoint's step, or None."""
         return max(self.all_steps(), default=None)
 
-    def discard_after(self, step: int) -> None:
-        """Deletes the checkpoints after `step`: the run goes on from there and will write its own."""
-        self.wait()
-        if jax.process_index() == 0:
-            for later in self.all_steps():
-                if later > step:
-                    remove(self.directory / str(later))
-        gather("discarded")
-
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """Returns the caller's metadata of a checkpoint (None: the newest)."""
         return read_metadata(self.directory, step)

@@ -12,7 +12,6 @@ import errno
 import importlib
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -20,7 +19,6 @@ from typing import Any, NoReturn
 from gpt_jax import cluster
 from gpt_jax.distributed import fingerprint, initialize, is_first, leave, leave_if_several
 from gpt_jax.errors import UserError, nearest
-from gpt_jax.remote import refuse_url
 
 COMMANDS = {
     "data": "train a tokenizer, build a token store, show statistics and rows",
@@ -33,7 +31,7 @@ COMMANDS = {
     "convert": "Hugging Face GPT-2, Llama 3 and Qwen3 weights to a run, and a run to theirs",
     "ablate": "run a grid of configs x paired seeds, compare the arms with error bars, write the report",
     "inspect": "look into a checkpoint: attention, logit lens, heads, patching, attribution",
-    "rerun": "repeat the first steps of a run: is every number the same?",
+    "rerun": "repeat the first steps of a run, and say whether every number is the same",
     "replay": "repeat one step of a run: its rows, norms, and what first was not finite",
 }
 
@@ -164,11 +162,10 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs in $GPT_JAX_CACHE/xla, so that a second start takes seconds."""
     import jax
 
+    from gpt_jax.data.cache import cache_place
+
     if not jax.config.jax_compilation_cache_dir:
-        folder = os.environ.get("GPT_JAX_CACHE") or "~/.cache/gpt_jax"
-        refuse_url(folder, "GPT_JAX_CACHE", "each host has a cache of its own")
-        root = pathlib.Path(folder).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_place() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

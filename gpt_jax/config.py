@@ -20,7 +20,6 @@ import ast
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import traceback
@@ -32,6 +31,7 @@ from typing import Any
 import ml_collections
 
 from gpt_jax.config_ranges import check_ranges
+from gpt_jax.data.formats import LAYOUTS
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.model.config import ModelConfig
 from gpt_jax.options import option
@@ -65,7 +65,7 @@ class DataConfig:
     task_temperature: float = option(1.0, "proportional rates are raised to 1 / temperature (T5)")
     task_cap: int = option(2**19, "and no task counts for more examples than this")
     valid_split: str = option("valid", "split of the tasks that is evaluated: valid | test")
-    layout: str = option("packed", "packed: documents run on across rows | padded: a document per row")
+    layout: str = option("packed", " | ".join(f"{name}: {what}" for name, what in LAYOUTS.items()))
     doc_mask: bool = option(False, "cut attention, positions and targets at document boundaries (GPT-3: False)")
     skip: tuple[tuple[int, int], ...] = option((), "ranges of batch indices to jump over, [(from, to), ...)")
     seed: int = option(-1, "seed of the data order; -1 uses the run's seed")
@@ -459,12 +459,3 @@ def dumps(config: Config) -> str:
 def loads(text: str) -> Config:
     """Reads a resolved config written by `dumps`."""
     return resolve(json.loads(text))
-
-
-def expand_path(path: str) -> str:
-    """Expands ~ and $VARS in a path; raises UserError naming a variable that is not set."""
-    out = os.path.expandvars(os.path.expanduser(path))
-    if "$" in out:
-        name = out[out.index("$") + 1 :].split("/")[0].strip("{}")
-        raise UserError(f"{path!r} needs the environment variable {name}, which is not set.")
-    return out

@@ -91,7 +91,7 @@ def generate_continuously(
     sampling, longest = sampling or Sampling(), max(map(len, ids), default=1)
     B = bucket(min(rows, max(1, len(ids))))
     slots = bucket(longest, least=16) + slots_for(max_tokens)
-    params = decoding_params(model.config, params, jax.default_backend() == "cpu" and B > 1)
+    params = decoding_params(model.config, params, B)
     filters, end = sampling.filters(), np.int32(-1 if eot is None else eot)
     state = _empty(model, B, slots, filters.repetition_penalty is not None)
     queue = collections.deque(range(len(ids)))

@@ -17,12 +17,10 @@ from flax import struct
 from jax import Array, lax
 
 from gpt_jax.errors import UserError
-from gpt_jax.generation import batches_by_length, check_prompts, pad_left, positions_of, slots_for
+from gpt_jax.generation import batches_for_search, check_prompts, positions_of, slots_for
 from gpt_jax.model import Cache, Transformer
 from gpt_jax.model.cache import ring_slots
 from gpt_jax.model.decoding import decoding_params
-
-_ROWS = 64  # rows of the cache while candidates are looked at: prompts x k
 
 
 @struct.dataclass
@@ -67,17 +65,14 @@ def contrastive_search(
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha is {alpha}; the weight of the likeness must be in [0, 1].")
     ids = check_prompts(model, prompts, max_tokens, eot)
-    prepared = decoding_params(model.config, params, jax.default_backend() == "cpu" and k > 1)
+    prepared = decoding_params(model.config, params, k)
     out: list[list[int]] = [[] for _ in ids]
-    most = max(1, _ROWS // k)
-    for group in batches_by_length(ids):
-        for rows in (group[i : i + most] for i in range(0, len(group), most)):
-            tokens, lengths = pad_left([ids[row] for row in rows])
-            limits = (np.int32(max_tokens), np.float32(alpha), np.int32(-1 if eot is None else eot))
-            found = np.asarray(_search(model, k, slots_for(max_tokens), prepared, tokens, lengths, *limits))
-            for i, row in enumerate(rows):
-                new = found[i, :max_tokens].tolist()
-                out[row] = new[: new.index(eot)] if eot in new else new
+    limits = (np.int32(max_tokens), np.float32(alpha), np.int32(-1 if eot is None else eot))
+    for rows, tokens, lengths in batches_for_search(ids, k):
+        found = np.asarray(_search(model, k, slots_for(max_tokens), prepared, tokens, lengths, *limits))
+        for i, row in enumerate(rows):
+            new = found[i, :max_tokens].tolist()
+            out[row] = new[: new.index(eot)] if eot in new else new
     return out
 
 

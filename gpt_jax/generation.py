@@ -11,7 +11,7 @@ functions: few programs serve all requests.
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from gpt_jax.sampling import Filters, Sampling, filter_logits, penalise, sample_
 __all__ = ["Sampling", "filter_logits", "generate", "generate_text", "penalise", "sample_token", "stream_batch"]
 
 MAX_ROWS = 32  # prompts generated together: bounds the memory of the cache
+_SEARCHED = 64  # rows of the cache of one search: prompts x its width
 _PREFILL = 256  # prompt tokens that go through the model at once: bounds the memory of attention scores
 
 
@@ -256,7 +257,7 @@ def stream_batch(
     if not ids:
         return
     requests = make_requests(ids, list(seeds) if seeds is not None else range(B), sampling or Sampling(), eot)
-    params = decoding_params(model.config, params, jax.default_backend() == "cpu" and requests.tokens_BxT.shape[0] > 1)
+    params = decoding_params(model.config, params, requests.tokens_BxT.shape[0])
     # Slots beyond the model's positions hold left padding, or tokens past max_tokens that are never asked for.
     state = _prefill(model, params, requests, slots_for(max_tokens), logprobs, bidirectional_prompt)
     done = 0
@@ -338,6 +339,21 @@ def batches_by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Cuts prompts into batches of at most MAX_ROWS of like length; returns the indices in each."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     return [order[i : i + MAX_ROWS] for i in range(0, len(order), MAX_ROWS)]
+
+
+def batches_for_search(
+    prompts: Sequence[Sequence[int]], width: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Yields (indices, tokens [B, T], lengths [B]) of prompts of like length that are searched together.
+
+    Args:
+      width: rows of the cache that a search keeps for each prompt.
+    """
+    most = max(1, _SEARCHED // width)
+    for group in batches_by_length(prompts):
+        for start in range(0, len(group), most):
+            rows = group[start : start + most]
+            yield rows, *pad_left([prompts[row] for row in rows])
 
 
 def generate_text(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -69,20 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
     config = configs.load(args.config, overrides)
+    show = functools.partial(print, flush=True)
     if args.here:
         from gpt_jax.preflight import run_preflight
 
-        environ = cluster.environment_of(args)
         return run_preflight(
             config,
             workdir=args.workdir,
             needed_bytes=args.needed_bytes,
             seconds=args.seconds,
             limit=args.limit,
-            environ=environ,
+            environ=cluster.environment_of(args),
+            log=show,
         )
     machine = machine_of(args.topology, args.devices, config)
-    say = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
+    say = (lambda line: None) if args.json else show
     compiled = compile_step(config, machine)
     result = summary(compiled, machine)
     say(table(compiled, machine))

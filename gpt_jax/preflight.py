@@ -409,43 +409,10 @@ def _write_through(path: pathlib.Path, data: bytes) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m gpt_jax.preflight --config=NAME [--workdir=DIR]`, on every host; what `gpt-jax plan --here` calls."""
-    import argparse
+    """`python -m gpt_jax.preflight FLAGS` is `gpt-jax plan --here FLAGS`."""
+    from gpt_jax.cli import main as command
 
-    from gpt_jax import cluster
-    from gpt_jax import config as configs
-    from gpt_jax.cli import quieten_libraries, split_overrides
-
-    parser = argparse.ArgumentParser(prog="python -m gpt_jax.preflight", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="", metavar="FILE|NAME", help="the run; --config.KEY=VALUE overrides a key")
-    parser.add_argument("--workdir", default="", help="the run's directory")
-    parser.add_argument("--needed-bytes", type=int, default=0, help="what a device needs by the plan")
-    parser.add_argument("--seconds", type=float, default=60.0, help="the time there is")
-    parser.add_argument("--limit", type=float, default=0.0, help="seconds for a check that hangs; 0: 60, or --seconds")
-    cluster.add_arguments(parser)
-    try:
-        rest, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
-        args = parser.parse_args(rest)
-        quieten_libraries()
-        config = configs.load(args.config, overrides) if args.config else configs.resolve({}, overrides)
-        code = run_preflight(
-            config,
-            workdir=args.workdir,
-            needed_bytes=args.needed_bytes,
-            seconds=args.seconds,
-            limit=args.limit,
-            environ=cluster.environment_of(args),
-            log=_print,
-        )
-    except UserError as error:
-        print(f"gpt-jax: {error}", file=sys.stderr)
-        code = error.exit_code
-        return distributed.leave(code)
-    return code
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
+    return command(["plan", "--here", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

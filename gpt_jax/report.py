@@ -175,17 +175,24 @@ def evaluation_table(evaluation: Mapping[str, float], baselines: Mapping[str, fl
         metrics = metrics if metric in metrics else [*metrics, metric]
     if not table:
         return ""
+
+    def cell(row: Mapping[str, float], metric: str) -> str:
+        if metric not in row:
+            return ""
+        return f"{row[metric]:,.0f}" if metric.rpartition("/")[2] == "tokens" else _show(row[metric])
+
     lines = ["| | " + " | ".join(m.replace("_", " ") for m in metrics) + " |", "|---" + "|---:" * len(metrics) + "|"]
     for source, row in table.items():
-        lines.append(f"| {source} | " + " | ".join(_show(row[m]) if m in row else "" for m in metrics) + " |")
+        lines.append(f"| {source} | " + " | ".join(cell(row, m) for m in metrics) + " |")
     return "\n".join(lines)
 
 
 def _summary(config: Any, rows: Sequence[Mapping[str, Any]]) -> str:
     done = max((row["step"] for row in rows), default=0)
     model = config.model
+    layers = f"{model.num_layers} layer{'s' * (model.num_layers != 1)}"
     text = (
-        f"{count_parameters(model):,} parameters, {model.num_layers} layers, width {model.d_model}, context "
+        f"{count_parameters(model):,} parameters, {layers}, width {model.d_model}, context "
         f"{config.context_length}; objective {config.objective.get('name', '?')}; {done:,} of {config.steps:,} steps."
     )
     found = best(rows)

@@ -278,10 +278,3 @@ def too_replicated(part: float, names: Sequence[str], at_most: float = MOST_REPL
         f"{part:.1%} of the parameters' bytes are whole on every fsdp shard (at most {at_most:.0%} should be): "
         f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; add rules for their axes to mesh.rules."
     )
-
-
-def check_sharded_enough(shapes: Any, shardings: Any, at_most: float = MOST_REPLICATED) -> None:
-    """Raises UserError naming the parameters that FSDP leaves whole if they are more than `at_most` of the bytes."""
-    message = too_replicated(*replicated_bytes(shapes, shardings), at_most)
-    if message:
-        raise UserError(message)

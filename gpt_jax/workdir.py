@@ -4,7 +4,9 @@
             environment.json   code, versions, devices      tensorboard/     events
             code.diff          uncommitted changes          checkpoints/     see checkpoint.py
             history.jsonl      starts, changes, with step   tokenizer/       its files
-            samples/           texts                        report.md        see report.py
+            samples/           texts                        spikes/          see forensics/spikes.py
+            evaluation.json    the last validation          baselines.json   xz, unigrams on the same text
+            memory.json        parameters and bytes         report.md        see report.py (loss.png, report.html)
 
 Files are replaced whole (files.py), so a kill at any moment leaves each readable.
 

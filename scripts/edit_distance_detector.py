@@ -23,6 +23,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from gpt_jax.edit_distance import levenshtein, soft_edit_distance
 from gpt_jax.errors import UserError
@@ -77,14 +78,25 @@ def scores(objective: ReplacedToken, params: dict, batch: dict, keys: jax.Array)
     }
 
 
+def aucs(
+    truth: np.ndarray, discriminator: np.ndarray, p_BxTxT: np.ndarray, rows: np.ndarray, at: np.ndarray
+) -> dict[str, float]:
+    """AUC of each detector at positions (rows, at), of which those with `truth` are wrong."""
+    values = {"discriminator": discriminator}
+    for window in WINDOWS:
+        costs, lengths = window_costs(p_BxTxT, rows, at, window)
+        values[f"edit distance, window {window}"] = np.asarray(
+            soft_edit_distance(jnp.asarray(costs), jnp.asarray(lengths), jnp.asarray(lengths), gamma=0.1)
+        )
+    return {name: float(roc_auc_score(truth, value)) for name, value in values.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="a run of the objective replaced_token")
     parser.add_argument("--rows", type=int, default=256, help="held-out rows")
     parser.add_argument("--select", default="", help="objective.select of the corruption; default: the run's")
     args = parser.parse_args()
-    from sklearn.metrics import roc_auc_score
-
     try:
         overrides = {"objective.select": args.select} if args.select else {}
         run, params, step = restore_run(args.workdir, overrides=overrides)
@@ -115,14 +127,8 @@ def main() -> int:
     for where, asked, p in (("selected", out["selected"] & real, "filled"), ("all", real, "unmasked")):
         rows, at = np.nonzero(asked)
         truth = wrong[rows, at]
-        values = {"discriminator": out["discriminator"][rows, at]}
-        for window in WINDOWS:
-            costs, lengths = window_costs(out[p], rows, at, window)
-            values[f"edit distance, window {window}"] = np.asarray(
-                soft_edit_distance(jnp.asarray(costs), jnp.asarray(lengths), jnp.asarray(lengths), gamma=0.1)
-            )
         print(f"{where} tokens: {len(truth)}, of them wrong {truth.mean():.3f}")
-        result["auc"][where] = {name: float(roc_auc_score(truth, value)) for name, value in values.items()}
+        result["auc"][where] = aucs(truth, out["discriminator"][rows, at], out[p], rows, at)
         for name, auc in result["auc"][where].items():
             print(f"  {name.ljust(26)} AUC {auc:.4f}")
     print(json.dumps(result))

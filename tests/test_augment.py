@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import random
+import types
 
 import jax
 import numpy as np
@@ -274,6 +275,18 @@ def test_rows_put_the_label_first_and_the_loss_on_the_text():
     [row] = HiddenRows(eot, sep, 7).encode(example, None, tokenizer)
     assert row["tokens"].tolist() == [eot, *b"sad", sep, *b"ab"]  # cut at its end
     assert row["target_weights"].tolist() == [0, 0, 0, 0, 0, 1, 1]
+
+
+def test_the_same_originals_are_trained_on_once_and_others_under_another_seed(train, monkeypatch):
+    from gpt_jax.augment import finetune
+
+    seeds = []
+    monkeypatch.setattr(finetune, "build_train_step", lambda *arguments, **options: None)
+    monkeypatch.setattr(finetune.FineTuner, "fit", lambda self, examples, seed: seeds.append(seed) or {"n": len(seeds)})
+    objective = types.SimpleNamespace(batch_spec=lambda rows, length: {})
+    tuner = finetune.FineTuner(objective, None, None, {}, recipe(), LABELS)
+    assert [tuner.fitted(some)["n"] for some in (train, list(train), train[1:], train)] == [1, 1, 2, 3]
+    assert seeds[0] == seeds[2] != seeds[1]
 
 
 @pytest.mark.slow

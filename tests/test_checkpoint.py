@@ -177,14 +177,6 @@ def test_saving_a_stored_step_again_changes_nothing(folder):
         assert saver.restore(1, {"x": jax.ShapeDtypeStruct((), jnp.float32)})["x"] == 1
 
 
-def test_discard_after_deletes_later_checkpoints_only(folder):
-    with Checkpointer(folder, keep_last=9) as saver:
-        for step in (1, 2, 3):
-            saver.save(step, {"x": jnp.float32(step)})
-        saver.discard_after(2)
-        assert saver.all_steps() == [1, 2]
-
-
 # ---- damage, kills, full disks
 
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from gpt_jax import config_changes
-from gpt_jax.config import Config, describe, dumps, expand_path, find_config, load, loads, resolve, to_dict
+from gpt_jax.config import Config, describe, dumps, find_config, load, loads, resolve, to_dict
 from gpt_jax.config_changes import FREE, IMPOSSIBLE, NUMERICS, classify, compare, compare_data, decide
 from gpt_jax.errors import UserError
 
@@ -203,14 +203,6 @@ def test_an_unknown_name_lists_the_closest_and_all():
         find_config("quikstart")
 
 
-def test_paths_expand_and_name_an_unset_variable(monkeypatch):
-    monkeypatch.setenv("SOME_FOLDER", "/data")
-    assert expand_path("$SOME_FOLDER/x") == "/data/x"
-    monkeypatch.delenv("SOME_FOLDER")
-    with pytest.raises(UserError, match="needs the environment variable SOME_FOLDER, which is not set"):
-        expand_path("${SOME_FOLDER}/x")
-
-
 # ---- writing
 
 
@@ -235,6 +227,8 @@ def test_describe_shows_every_key_with_its_meaning():
     assert [line.split(" = ")[0] for line in lines] == keys
     for line in lines:
         assert line.split("  # ", 1)[1].strip(), f"no meaning: {line}"
+    layouts = lines[keys.index("data.layout")].split("  # ")[1].split(" | ")
+    assert [text.split(": ")[0] for text in layouts] == ["packed", "padded", "bins"]
 
 
 # ---- changes of a continued run

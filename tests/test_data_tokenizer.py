@@ -164,11 +164,6 @@ def test_hashes_differ_between_tokenizers(trained):
     assert CharTokenizer("ab").hash != CharTokenizer("ac").hash
 
 
-def test_batch_is_the_texts_one_by_one(tokenizer, prose):
-    for ids, text in zip(tokenizer.encode_batch(prose[:9]), prose[:9], strict=True):
-        np.testing.assert_array_equal(ids, tokenizer.encode(text))
-
-
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(UserError, match="surrogate"):
         tokenizer.encode("a\ud800")

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from gpt_jax.workdir import _COPIED
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = [*sorted(page.stem for page in (ROOT / "docs").glob("[a-z]*.md")), "PODS"]  # the others in capitals are records
 PAGES = ["README.md", *(f"docs/{page}.md" for page in DOCS)]
@@ -105,6 +107,12 @@ def test_the_quickstart_ends_with_its_figures_as_json(tmp_path):
     assert set(found) == {*names, "report"} and all(found[name] > 0 for name in names), last
     assert pathlib.Path(found["report"]).is_file()
     assert "The " in done.stderr  # the sample
+
+
+def test_the_page_names_all_that_lies_in_a_run():
+    text = (ROOT / "docs" / "resume.md").read_text()
+    missing = [name for name in _COPIED if name != "wandb_id" and not re.search(rf"`{re.escape(name)}/?`", text)]
+    assert not missing
 
 
 def test_shrinking_keeps_a_commands_own_flags():

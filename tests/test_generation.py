@@ -10,7 +10,7 @@ from scipy import stats
 from gpt_jax.errors import UserError
 from gpt_jax.generation import Sampling, filter_logits, generate, penalise, sample_token, slots_for, stream_batch
 from gpt_jax.model import Mask, Transformer
-from gpt_jax.model.decoding import Transposed
+from gpt_jax.model.decoding import Transposed, decoding_params
 from gpt_jax.model.derivatives import multiply
 
 VARIANTS = {
@@ -76,6 +76,19 @@ def test_a_transposed_kernel_gives_the_product_of_the_kernel(rows):
     merged = Transposed(jnp.asarray(kernel.reshape(18, 4).T), kernel.shape)  # of two input axes
     wide = rng.normal(size=(rows, 18)).astype(np.float32)
     np.testing.assert_allclose(multiply(wide, merged), wide @ kernel.reshape(18, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_are_transposed_on_a_cpu_for_two_rows_or_more(monkeypatch):
+    config = tiny()
+    params = params_of(config)
+
+    def transposed(rows):
+        leaves = jax.tree.leaves(decoding_params(config, params, rows), is_leaf=lambda x: isinstance(x, Transposed))
+        return any(isinstance(leaf, Transposed) for leaf in leaves)
+
+    assert transposed(2) and transposed(5) and not transposed(1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not transposed(2)
 
 
 def test_a_request_gets_the_same_tokens_alone_or_in_any_batch():

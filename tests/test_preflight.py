@@ -218,6 +218,22 @@ def test_the_command_hands_on_what_the_plan_needs_and_the_exit_code(monkeypatch)
     monkeypatch.setattr(preflight, "run_preflight", lambda config, **options: given.update(options) or 3)
     assert main(["plan", "--config=quickstart", "--here", "--needed-bytes=12", "--seconds=5", "--limit=9"]) == 3
     assert given["needed_bytes"] == 12 and given["seconds"] == 5 and given["limit"] == 9
+    assert preflight.main(["--config=quickstart", "--seconds=7", "--config.mesh.data=2"]) == 3
+    assert given["seconds"] == 7 and given["workdir"] == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--confg=quickstart"], "--config"),
+        (["--config=quikstart"], "did you mean 'quickstart'?"),
+        (["--config=quickstart", "--needed-bytes=much"], "invalid int value: 'much'"),
+    ],
+)
+def test_both_of_its_names_tell_a_mistake_in_the_same_line(capsys, flags, said):
+    assert preflight.main(flags) == 1 == main(["plan", "--here", *flags])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("gpt-jax: ") and said in lines[0]
 
 
 def test_the_mesh_is_the_one_of_the_run(tmp_path, monkeypatch):
@@ -250,7 +266,7 @@ def four(script, tmp_path):
 
 def command(tmp_path, more=""):
     flags = f"--workdir={tmp_path}/run --config.mesh.tensor=2 --config.data.path={tmp_path}/text.txt"
-    return f"exec {sys.executable} -m gpt_jax.preflight {flags} {more}"
+    return f"exec {sys.executable} -m gpt_jax.preflight --config=quickstart {flags} {more}"
 
 
 @pytest.mark.slow

@@ -237,6 +237,20 @@ def test_the_cache_and_the_logs_of_processes_are_in_folders_and_refuse_a_url(mon
     assert not pathlib.Path("gs:").exists()
 
 
+def test_compiled_programs_are_in_the_cache_which_may_be_said_by_its_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    for named, place in (("~/kept", tmp_path / "kept"), ("", tmp_path / ".cache" / "gpt_jax")):
+        monkeypatch.setenv("GPT_JAX_CACHE", named)
+        jax.config.update("jax_compilation_cache_dir", None)
+        try:
+            use_compilation_cache()
+            assert jax.config.jax_compilation_cache_dir == str(place / "xla") and not place.exists()
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+        assert cache_root() == place and place.is_dir()
+
+
 def test_tasks_read_files_by_url(tmp_path):
     (tmp_path / "t.tsv").write_text("text\tlabel\ngood\tyes\nbad\tno\n")
     task = load_task("classification", train=f"file://{tmp_path}/t.tsv", text="{text}", label="label", hold_out=0)

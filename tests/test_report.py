@@ -45,16 +45,17 @@ def run(tmp_path):
 
 def test_report_has_results_beside_baselines_and_what_made_them(run):
     path, config = run
-    evaluation = {"loss": 2.5, "bits_per_byte": 1.93, "novels/bits_per_byte": 2.1}
+    evaluation = {"loss": 2.5, "tokens": 33385.0, "bits_per_byte": 1.93}
+    evaluation |= {"novels/bits_per_byte": 2.1, "novels/tokens": 57.0}
     report = write_report(path, evaluation, {"xz_bits_per_byte": 2.51, "unigram_bits_per_byte": 4.4})
     text = report.read_text()
     for expected in (
         f"{count_parameters(config.model):,} parameters",
         "Least validation loss 1.5000 nats per token at step 30",
-        "| this model | 2.5000 | 1.9300 |",
-        "| novels |  | 2.1000 |",
-        "| xz -9 |  | 2.5100 |",
-        "| unigram model |  | 4.4000 |",
+        "| this model | 2.5000 | 33,385 | 1.9300 |",
+        "| novels |  | 57 | 2.1000 |",
+        "| xz -9 |  |  | 2.5100 |",
+        "| unigram model |  |  | 4.4000 |",
         "| tokens | 1,280 |",
         "| tokens per second (median) | 1,000 |",
         "| time waiting for data | 25.00% |",
@@ -110,10 +111,12 @@ def test_loss_curve_shows_both_losses_and_their_units():
 
 def test_a_run_without_any_rows_still_gets_a_report(tmp_path):
     with open_workdir(tmp_path / "run") as workdir:
-        workdir.write_config(configs.to_dict(configs.resolve({"model": {"vocab_size": 9, "max_positions": 9}})))
+        workdir.write_config(
+            configs.to_dict(configs.resolve({"model": {"vocab_size": 9, "max_positions": 9, "num_layers": 1}}))
+        )
         MetricsWriter(workdir.metrics_path).close()
     text = write_report(workdir.path).read_text()
-    assert "Not evaluated." in text and "0 of 1,000 steps" in text
+    assert "Not evaluated." in text and "0 of 1,000 steps" in text and " parameters, 1 layer, width " in text
 
 
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path):

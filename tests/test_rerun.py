@@ -114,6 +114,13 @@ def test_mistakes_are_one_sentence(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
+def test_the_help_begins_with_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["rerun", "--help"])
+    assert "say whether every number is the same. " in " ".join(capsys.readouterr().out.split())
+    assert all(text[-1].isalpha() for text in cli.COMMANDS.values())  # the full stop is put there
+
+
 def test_a_step_trips_by_its_z_score_or_by_what_is_not_finite(tmp_path):
     rng = np.random.default_rng(0)
     with MetricsWriter(tmp_path / "metrics.jsonl") as writer:

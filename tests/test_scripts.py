@@ -1,4 +1,4 @@
-"""Scripts that no other test runs: the table of task results, and edit distance beside a discriminator."""
+"""Scripts that no other test runs: tables of task results and of plans, and edit distance beside a discriminator."""
 
 import json
 import pathlib
@@ -117,6 +117,16 @@ def test_a_part_of_a_mixture_is_what_the_config_has(results):
     assert config.objective["tasks"]["wnut17"] == load("tasks/four").objective["tasks"]["wnut17"]
 
 
+# -- plan_vs_measured ----------------------------------------------------------------------------------------------
+
+
+def test_the_error_of_plans_is_a_median_of_an_even_number_too_and_the_page_has_that_of_its_rows():
+    script = load_script("plan_vs_measured")
+    rows = {f"{error}": {"planned": 100.0 - error, "measured": 100.0} for error in (1, 12, 2, 5)}
+    assert script.error_line(rows) == "Error of the plan: median 3.5%, at most 12.0%."
+    assert script.error_line(script.rows_kept()) in script.PAGE.read_text()
+
+
 # -- edit_distance_detector ----------------------------------------------------------------------------------------
 
 
@@ -132,6 +142,19 @@ def test_costs_of_a_window_are_those_around_a_token_cut_at_the_ends(detector):
     np.testing.assert_array_equal(costs[0, :2, :2], 1 - p[1, :2, :2])
     assert (costs[0, 2] == 1).all() and (costs[0, :, 2] == 1).all()
     np.testing.assert_array_equal(costs[1], 1 - p[0, 1:4, 1:4])
+
+
+DETECTORS = ["discriminator", *(f"edit distance, window {n}" for n in (0, 1, 3))]
+
+
+@pytest.mark.parametrize("auc", [1.0, 0.0])
+def test_what_separates_wrong_tokens_has_the_auc_1_and_what_is_reversed_0(detector, auc):
+    at = np.array([*range(9), *range(15, 24)])  # windows of up to 7 around these are all right or all wrong
+    wrong = np.arange(24) >= 12
+    p = np.diag((wrong != auc).astype(np.float32))[None]  # sure of the right tokens; reversed: of the wrong ones
+    sure = np.where(wrong == auc, 0.9, 0.1)
+    found = detector.aucs(wrong[at], sure[at], p, np.zeros(len(at), int), at)
+    assert found == dict.fromkeys(DETECTORS, auc)
 
 
 @pytest.mark.slow
@@ -158,9 +181,7 @@ def test_the_detectors_are_compared_on_a_run(detector, tmp_path, monkeypatch, ca
     result = json.loads(out[-1])
     assert result["step"] == 60 and result["rows"] == 30 and 0 < result["levenshtein"] <= result["hamming"]
     for where in ("selected", "all"):
-        auc = result["auc"][where]
-        assert list(auc) == ["discriminator", *(f"edit distance, window {n}" for n in (0, 1, 3))]
-        assert all(0 <= value <= 1 for value in auc.values())
+        assert list(result["auc"][where]) == DETECTORS
         assert sum(line.startswith(f"{where} tokens: ") for line in out) == 1
     assert call(detector, monkeypatch, f"--workdir={tmp_path / 'none'}") == 1
     assert capsys.readouterr().err.startswith("edit_distance_detector: ")

@@ -102,7 +102,12 @@ def test_a_rule_that_means_nothing_is_refused(rules, message):
 
 
 def test_rules_that_mean_something_are_taken():
-    mesh_of(resolve({}, {"mesh.rules": "(('mlp', None), ('embed', ('fsdp', 'tensor')), ('vocab', 'fsdp'))"}))
+    config = resolve({}, {"mesh.rules": "(('mlp', None), ('embed', ('fsdp', 'tensor')), ('vocab', 'fsdp'))"})
+    assert mesh_of(config).size == 8
+    rules = (*config.mesh.rules, *DEFAULT_RULES)
+    assert spec(("embed", "mlp"), (16, 16), rules, fsdp=4, tensor=2) == (("fsdp", "tensor"), None)
+    assert spec(("vocab", "embed"), (40, 16), rules, fsdp=4, tensor=2) == ("fsdp", None)  # both of embed's are taken
+    assert spec(("heads",), (4,), rules, fsdp=4, tensor=2) == ("tensor",)
 
 
 def boxed(config, name="model"):

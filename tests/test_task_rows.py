@@ -184,6 +184,22 @@ def test_a_mixture_of_objectives_has_sub_batches_and_validation_of_its_own(tmp_p
     assert data.bytes["lm/valid"] > 0
 
 
+def test_a_part_has_the_order_of_its_own_seed(tmp_path):
+    def batches(config, own):
+        parts = {
+            "text": Part(None, {"corpus": "python_docs", "tasks": ()}, 2),
+            "tasks": Part(classify_rows(), {"tasks": ("toy_tasks:colours",)}, 4),
+        }
+        parts = {name: dataclasses.replace(part, data={**part.data, **own}) for name, part in parts.items()}
+        train = prepared(config, parts, tmp_path).train
+        return {name: part.rows(0, slice(None))["tokens"].tolist() for name, part in train.parts.items()}
+
+    run = batches(data_config(seed=3), {})
+    assert run == batches(data_config(seed=0), {"seed": 3}) == batches(data_config(seed=3), {"seed": -1})
+    other = batches(data_config(seed=3), {"seed": 0})
+    assert all(other[name] != run[name] for name in run)
+
+
 @pytest.mark.parametrize(
     ("config", "rows", "message"),
     [
@@ -193,6 +209,8 @@ def test_a_mixture_of_objectives_has_sub_batches_and_validation_of_its_own(tmp_p
         (data_config("toy_tasks:colours", "toy_tasks:colours"), classify_rows(), "names a task twice"),
         (data_config("toy_tasks:colours"), None, "but the objective reads text"),
         (data_config(), {"a": Part(None, {"corpsu": "x"}, 2)}, r"has key 'corpsu' \(did you mean 'corpus'\?\)"),
+        (data_config(), {"a": Part(None, {"prefetch": 4}, 2)}, "'prefetch', which all parts share: set data.prefetch"),
+        (data_config(), {"a": Part(None, {"tokenizer": {}}, 2)}, "part 'a' has key 'tokenizer', which all parts share"),
         (data_config("toy_tasks:colours", task_rates="fair"), classify_rows(), None),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class FineTuner:
         spec = objective.batch_spec(recipe.batch_size, recipe.length)
         mesh = make_mesh(devices=jax.devices()[:1])
         self.step = build_train_step(objective, optimizer, spec, mesh=mesh)
+        self._fitted: tuple[int, Any] = (-1, None)
 
     def encode(self, examples: Sequence[Any]) -> EncodedTask:
         """Rows of examples."""
@@ -91,3 +93,10 @@ class FineTuner:
             batch = {name: np.concatenate([part[name] for part in parts]) for name in self.step.batch_spec}
             state, _ = self.step(state, self.step.put(batch))
         return state.eval_params("raw")
+
+    def fitted(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """What `fit` gives, under the examples' hash as the seed: trained anew only if they are others than before."""
+        seed = zlib.crc32(repr([(e.label, e.text) for e in examples]).encode()) & 0x7FFFFFFF
+        if self._fitted[0] != seed:
+            self._fitted = (seed, self.fit(examples, seed))
+        return self._fitted[1]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -160,10 +159,9 @@ class LabelLM:
         objective = Supervised(Transformer(run.config.model))
         start = {"model": start_of(run, "causal_lm", "the generator 'lm'")["model"]}
         self.tuner = FineTuner(objective, rows, tokenizer, start, recipe, labels)
-        self._tuned: tuple[int, Any] = (-1, None)
 
     def augment(self, train: Sequence[Any], rng: random.Random) -> list[Synthetic]:
-        params = self._fit(train)
+        params = self.tuner.fitted(train)
         prompts, parents, labels, begun = [], [], [], []
         tokenizer = self.run.tokenizer
         for label in self.labels:
@@ -192,13 +190,6 @@ class LabelLM:
             text = " ".join((start + tokenizer.decode(ids)).split())
             out.append(Synthetic(label, text, float(np.exp(np.mean(logp))) if logp else 0.0, parent))
         return out
-
-    def _fit(self, train: Sequence[Any]) -> Any:
-        """The tuned parameters: once for the same originals, whose hash is the seed."""
-        seed = zlib.crc32(repr([(e.label, e.text) for e in train]).encode()) & 0x7FFFFFFF
-        if self._tuned[0] != seed:
-            self._tuned = (seed, self.tuner.fit(train, seed))
-        return self._tuned[1]
 
 
 class MaskedSubstitution:
@@ -236,12 +227,9 @@ class MaskedSubstitution:
         self.rows = HiddenRows(self.eot, self.sep, recipe.length, embedded)
         self.tuner = FineTuner(objective, self.rows, tokenizer, start, recipe, labels)
         self._fill = jax.jit(self._fill_in)
-        self._tuned: tuple[int, Any] = (-1, None)
-
-    _fit = LabelLM._fit
 
     def augment(self, train: Sequence[Any], rng: random.Random) -> list[Synthetic]:
-        params = self._fit(train)
+        params = self.tuner.fitted(train)
         encoded = self.tuner.encode(train)
         n = encoded.rows_per_epoch
         rows = encoded.build(np.zeros(n, np.int64), np.arange(n))

@@ -144,7 +144,7 @@ def streamed_losses(
     """
     rows = np.asarray(rows_BxT1, np.int32)
     cache = SinkCache.empty(model.config, rows.shape[0], size, sinks)
-    params = decoding_params(model.config, params, False)
+    params = decoding_params(model.config, params, rows.shape[0])
     return np.asarray(_score(model, params, cache, rows[:, :-1].T, rows[:, 1:].T)).T
 
 
@@ -207,7 +207,7 @@ def stream(
     if bad := [i for i in ids if not 0 <= i < model.config.vocab_size]:
         raise UserError(f"token {bad[0]} is not in the model's vocabulary of {model.config.vocab_size}.")
     cache = SinkCache.empty(model.config, 1, size, sinks)
-    params = decoding_params(model.config, params, False)
+    params = decoding_params(model.config, params, 1)
     key = jax.random.key(seed, impl="threefry2x32")
     filters = (sampling or Sampling()).filters()
     if len(ids) > 1:

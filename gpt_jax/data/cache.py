@@ -17,10 +17,16 @@ from gpt_jax.files import atomic_write, explain_no_space
 from gpt_jax.remote import refuse_url
 
 
+def cache_place(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+    """Returns the cache's folder, made or not: `cache_dir`, else $GPT_JAX_CACHE, else ~/.cache/gpt_jax."""
+    place = cache_dir or os.environ.get("GPT_JAX_CACHE") or "~/.cache/gpt_jax"
+    refuse_url(place, "GPT_JAX_CACHE", "each host has a cache of its own")
+    return pathlib.Path(place).expanduser()
+
+
 def cache_root(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
-    """Returns the cache's folder: `cache_dir`, else $GPT_JAX_CACHE, else ~/.cache/gpt_jax; makes it if needed."""
-    refuse_url(cache_dir or os.environ.get("GPT_JAX_CACHE", ""), "GPT_JAX_CACHE", "each host has a cache of its own")
-    root = pathlib.Path(cache_dir or os.environ.get("GPT_JAX_CACHE") or pathlib.Path.home() / ".cache" / "gpt_jax")
+    """Returns the cache's folder (see `cache_place`), made if needed."""
+    root = cache_place(cache_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

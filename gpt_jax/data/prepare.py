@@ -10,7 +10,7 @@ from typing import Any
 from gpt_jax.data import cache
 from gpt_jax.data.batches import BatchOrder, TrainSource, ValidSource, ValidText
 from gpt_jax.data.build import build_store
-from gpt_jax.data.formats import Part
+from gpt_jax.data.formats import LAYOUTS, Part
 from gpt_jax.data.mixture import MixtureSource
 from gpt_jax.data.permutation import mix
 from gpt_jax.data.readers import Progress, expand_variables
@@ -21,7 +21,7 @@ from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.data.tokenizer_choice import open_tokenizer
 from gpt_jax.errors import UserError, choose, nearest
 
-LAYOUTS = ("packed", "padded", "bins")
+_OF_ALL = ("tokenizer", "prefetch")  # data keys that the parts of a mixture share
 _VERSION = 1  # of the stores: a change of their format or content raises it
 
 
@@ -138,15 +138,17 @@ def tasks_of(data: Any, rows: Any, part: str = "") -> Any:
 def _own_data(data: Any, name: str, part: Part) -> Any:
     """The data config of a part of a mixture of objectives."""
     for key in part.data:
-        if not hasattr(data, key) or key == "tokenizer":
-            allowed = [f.name for f in dataclasses.fields(data) if f.name != "tokenizer"]
+        if key in _OF_ALL:
+            raise UserError(f"the data of part {name!r} has key {key!r}, which all parts share: set data.{key}.")
+        if not hasattr(data, key):
+            allowed = [f.name for f in dataclasses.fields(data) if f.name not in _OF_ALL]
             raise UserError(f"the data of part {name!r} has key {key!r}{nearest(key, allowed)}, not one of data's.")
     return dataclasses.replace(data, **part.data)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """What all parts of a run's data share."""
+    """What all parts of a run's data share: the seed is of those that have none of their own."""
 
     context_length: int
     eval_batch_size: int
@@ -160,6 +162,7 @@ def _prepare(data: Any, rows: Any, tokenizer: Tokenizer, batch_size: int, place:
     """The data of one objective."""
     choose("data.layout", data.layout, LAYOUTS)
     order = BatchOrder(batch_size, place.schedule, tuple(map(tuple, data.skip)))
+    place = dataclasses.replace(place, seed=data.seed if data.seed >= 0 else place.seed)
     if hasattr(rows, "encode"):
         return _prepare_tasks(data, rows, tokenizer, order, place, part)
     if data.tasks:

@@ -98,10 +98,6 @@ class Tokenizer:
             raise UserError(f"the text holds half a surrogate pair at character {error.start}.") from None
         return self._encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the ids of each text."""
-        return [self.encode(text) for text in texts]
-
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
         table = self._ordinary_bytes() + [b""] * (self.vocab_size - self.ordinary)

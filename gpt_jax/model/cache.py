@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -101,9 +100,3 @@ def ring_slots(config: ModelConfig, piece: int) -> int:
     The first of a piece sees window - 1 keys before it, which the others must not overwrite.
     """
     return -(-(config.window - 1 + piece) // piece) * piece
-
-
-def cache_bytes(config: ModelConfig, batch: int, slots: int, ring: int = 0) -> int:
-    """Memory of a cache, in bytes."""
-    shapes = jax.eval_shape(lambda: Cache.empty(config, batch, slots, ring))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

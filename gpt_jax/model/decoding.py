@@ -50,16 +50,20 @@ def unstack(layers: Any, config: ModelConfig) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda leaf, r=r: leaf[r], block) for r in repetitions for block in blocks)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def decoding_params(config: ModelConfig, params: Any, transpose: bool) -> Any:
+def decoding_params(config: ModelConfig, params: Any, rows: int) -> Any:
     """Returns parameters for `Transformer.apply` with a cache: an array per layer, in the dtype of the products.
 
     A loop over tokens that slices stacked parameters copies all of them at every step. This copy lives beside the
     original while text is generated.
 
     Args:
-      transpose: keep kernels as `Transposed`. On CPU that suits two rows or more, and one row not at all.
+      rows: of a step. On a CPU kernels are kept as `Transposed`, which suits two rows or more, and one row not at all.
     """
+    return _prepared(config, params, jax.default_backend() == "cpu" and rows > 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _prepared(config: ModelConfig, params: Any, transpose: bool) -> Any:
 
     def prepare(path: Any, leaf: Array) -> Any:
         name, parent = path[-1].key, path[-2].key if len(path) > 1 else ""
