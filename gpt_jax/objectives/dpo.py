@@ -133,7 +133,9 @@ class DPO(Objective):
         return {"dpo": jnp.sum(batch["weights"]["dpo"] * loss_B)}, metrics
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Array]:
-        return {"answer": jnp.argmax(self.log_ratios(params, batch, None), axis=1)}
+        """The answer that the policy prefers to the reference: 0, the chosen one, or 1, also where neither is."""
+        ratios_Bx2 = self.log_ratios(params, batch, None)
+        return {"answer": jnp.where(ratios_Bx2[:, 0] > ratios_Bx2[:, 1], 0, 1)}
 
     def log_ratios(self, params: Params, batch: Batch, keys_B: Array | None) -> Array:
         """log pi / pi_ref of the two answers of each row, nats. [B, 2]."""
