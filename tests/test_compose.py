@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 
 import jax
@@ -298,4 +299,28 @@ def test_compositions_are_built_from_nested_tables():
 def test_mistakes_are_one_line_naming_the_closest_name(spec, message):
     with pytest.raises(UserError, match=message) as error:
         build_objective(spec, SETTING)
+    assert "\n" not in str(error.value)
+
+
+NAN = float("nan")
+OUT_OF_RANGE = {
+    "causal_lm": [("gamma", -1.0), ("gamma", NAN), ("alpha_warmup_steps", -5)],
+    "supervised": [("label_smoothing", 2.0), ("label_smoothing", NAN), ("max_new", 0), ("loss_chunk", -1)],
+    "dialogue": [("label_smoothing", 1.0), ("max_new", -1)],
+    **{name: [("head_dropout", x) for x in (1.0, -0.1, NAN)] for name in ("classify", "tag", "span_qa")},
+    "multiple_choice": [("head_dropout", 1.0)],
+    "dpo": [("beta", NAN)],
+    "distillation": [("temperature", NAN)],
+    "masked_lm": [("edit_gamma", NAN), ("shares", (0.8, NAN, 0.1))],
+    "replaced_token": [("temperature", NAN)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"), [(name, *pair) for name, pairs in OUT_OF_RANGE.items() for pair in pairs]
+)
+def test_a_number_out_of_range_is_refused_in_one_line(name, option, value):
+    own = {"mask_token": 3} if name in ("masked_lm", "replaced_token") else {}
+    with pytest.raises(UserError, match=rf"^objective\.{option} is {re.escape(repr(value))}[; ]") as error:
+        objective_class(name)(model=Transformer(SETTING.model), **own, **{option: value})
     assert "\n" not in str(error.value)

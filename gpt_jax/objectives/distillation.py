@@ -47,7 +47,7 @@ class Distillation(Objective):
     frozen = ("teacher/.*",)
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise UserError(f"objective.temperature is {self.temperature!r}; it must be above 0.")
         if self.teacher_model.config.vocab_size != self.model.config.vocab_size:
             raise UserError(

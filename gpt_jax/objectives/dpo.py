@@ -89,7 +89,7 @@ class DPO(Objective):
     label_smoothing: float = option(0.0, "probability that a label is the wrong way round")
 
     def __post_init__(self) -> None:
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+        if not self.beta > 0 or not 0 <= self.label_smoothing < 0.5:
             raise UserError(
                 f"objective.beta is {self.beta!r} and objective.label_smoothing {self.label_smoothing!r}; "
                 "they must be above 0, and in [0, 0.5)."

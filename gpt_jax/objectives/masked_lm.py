@@ -88,7 +88,7 @@ class MaskedLM(Objective):
         masking.check_shares(self.shares)
         if self.masks < 1:
             raise UserError(f"objective.masks is {self.masks}; the article's variants have at least one [MASK].")
-        if self.edit_gamma < 0 or not 0 <= self.edit_after <= 1:
+        if not self.edit_gamma >= 0 or not 0 <= self.edit_after <= 1:
             raise UserError(
                 f"objective.edit_gamma is {self.edit_gamma!r} and edit_after {self.edit_after!r}; "
                 "they must be 0 or more, and in [0, 1]."

@@ -65,7 +65,7 @@ class ReplacedToken(Objective):
 
     def __post_init__(self) -> None:
         choose("objective.share", self.share, ("embeddings", "none"))
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise UserError(f"objective.temperature is {self.temperature!r}; it must be above 0.")
         own, other = self.masked_lm.model.config, self.model.config  # made here, so that its options are checked
         if self.share == "embeddings":
