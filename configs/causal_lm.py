@@ -1,4 +1,4 @@
-"""The objective causal_lm with everything it offers spelled out, on the embedded corpus."""
+"""The objective causal_lm reweighted by perplexity, on the embedded corpus."""
 
 from gpt_jax.config import base
 

@@ -1,4 +1,4 @@
-"""Policy gradient on made-up sums: two-digit addition in GPT-3's format, an exact answer rewarded.
+"""Policy gradient on made-up sums: two-digit addition in GPT-3's format, closeness to the answer rewarded.
 
 `init.from` names the supervised run to start from (configs/rl/addition_supervised): a policy that never finds a right
 answer learns nothing from rewards. Without it, the edit distance to the answer teaches a little from scratch."""

@@ -18,6 +18,7 @@ from gpt_jax.model.attention import HIDDEN
 
 BLOCK = 128  # tokens of the vocabulary summed together when drawing
 _SMALL = 1024  # vocabularies up to this are sorted: cheaper than a loop over the bits of a threshold
+_COLDEST = float(jnp.finfo(jnp.float32).tiny)  # a lower temperature is 0 on a device
 _ROUNDING = 1e-6  # a set whose probability misses top_p by this much has it
 
 
@@ -48,6 +49,8 @@ class Sampling:
         ):
             if not ok:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
+        if self.temperature < _COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
     def filters(self) -> Filters:
         """The same as arguments of a compiled function, which depends on what is on but not on the numbers."""

@@ -18,6 +18,7 @@ from gpt_jax.model.size import count_parameters
 from gpt_jax.sharding import path_name
 
 WIDTH_PER_LAYER, HEAD = 32, 32
+_EMBEDDING_OUT = "embedding_out/kernel"
 
 
 def dial(depth: int, tokens_per_parameter: float = 20.0, context_length: int = 128) -> dict[str, Any]:
@@ -48,30 +49,55 @@ def dial(depth: int, tokens_per_parameter: float = 20.0, context_length: int = 1
 
 def rate_multipliers(params: Any, width: int, base_width: int) -> Any:
     """The factor of every parameter's learning rate under muP, relative to `base_width`. A tree of floats."""
+    factorised = _factorised(params)
 
     def one(path: Any, leaf: Any) -> float:
-        return base_width / width if kind_of(path_name(path)) != "vector" else 1.0
+        name = path_name(path)
+        return base_width / width if kind_of(name, name.startswith(factorised)) != "vector" else 1.0
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def scale_initial(params: Any, width: int, base_width: int) -> Any:
-    """Parameters that standard initialisation (one deviation for all) drew, with muP's deviations.
+    """Parameters that standard initialisation drew, with muP's deviations.
 
-    Hidden matrices times sqrt(base / width), an untied output layer times base / width, the rest as it is.
+    Hidden matrices times sqrt(base / width), an untied output layer times base / width, the rest as it is. The standard
+    deviation is one for all widths, but for embedding_out's, which is 1 / sqrt(width): times sqrt(base / width) too.
     """
-    factors = {"hidden": (base_width / width) ** 0.5, "output": base_width / width, "vector": 1.0}
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * factors[kind_of(path_name(path))], params)
+    factorised = _factorised(params)
+    root = (base_width / width) ** 0.5
+
+    def one(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        output = root if name.endswith(_EMBEDDING_OUT) else root * root
+        return leaf * {"hidden": root, "output": output, "vector": 1.0}[kind_of(name, name.startswith(factorised))]
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
-def kind_of(name: str) -> str:
-    """hidden (both sides grow with width), output (its input does) or vector (embeddings, norms, biases)."""
-    if name.endswith("head") or name.endswith("head/kernel"):
+def _factorised(params: Any) -> tuple[str, ...]:
+    """What the names of the models with factorised embeddings begin with."""
+    names = (path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    return tuple(name.removesuffix(_EMBEDDING_OUT) for name in names if name.endswith(_EMBEDDING_OUT))
+
+
+def kind_of(name: str, factorised: bool = False) -> str:
+    """hidden (both sides grow with width), output (its input does) or vector (embeddings, norms, biases).
+
+    With factorised embeddings the projection back from the width is the output; what follows it has a size of its own.
+    """
+    if name.endswith(_EMBEDDING_OUT):
         return "output"
+    if name.endswith("head") or name.endswith("head/kernel"):
+        return "vector" if factorised else "output"
     return "hidden" if name.endswith("kernel") and "/layers/" in f"/{name}" else "vector"
 
 
-def groups_of(width: int, base_width: int) -> tuple[tuple[str, Mapping[str, float]], ...]:
-    """The same rates as `optimizer.groups` of a config, for a model with an output layer of its own."""
+def groups_of(width: int, base_width: int, factorised: bool = False) -> tuple[tuple[str, Mapping[str, float]], ...]:
+    """The same rates as `optimizer.groups` of a config, for a model with an output layer of its own.
+
+    Args:
+      factorised: the model has an `embedding_size`, and so projections to the width and back.
+    """
     factor = {"lr": base_width / width}
-    return ((r"model/layers/.*/kernel", factor), (r"model/head", factor))
+    return ((r"model/layers/.*/kernel", factor), (rf"model/{_EMBEDDING_OUT}" if factorised else r"model/head", factor))

@@ -11,6 +11,8 @@ from helpers import params_of, tiny, tokens
 from gpt_jax.ablation import measures
 from gpt_jax.ablation.grid import Cell
 from gpt_jax.model import Transformer
+from gpt_jax.objectives.base import option_fields
+from gpt_jax.objectives.masked_lm import MaskedLM
 
 
 def test_perplexity_of_texts_under_another_model():
@@ -37,6 +39,21 @@ def test_human_text_is_cut_to_the_lengths_and_no_token_comes_twice(monkeypatch):
     used = [token for row in got for token in row]
     assert len(set(used)) == len(used) and not set(used) & {0, 21, 22, 23}
     assert all(np.diff(row).tolist() == [1] * (len(row) - 1) for row in got)
+
+
+def test_bert_masking_leaves_nothing_of_the_selection_that_a_cell_was_trained_with(monkeypatch):
+    taken = {}
+
+    def restore(path, overrides):
+        taken.update(overrides)
+        return None, None, 0
+
+    monkeypatch.setattr(measures, "restore_run", restore)
+    monkeypatch.setattr(measures, "evaluate_all", lambda run, params: {"valid/mlm_nll": 1.0, "valid/accuracy": 0.5})
+    assert measures.bert_masking(Cell(0, "a", 1, None, "nowhere"))["bert_masking/accuracy"] == 0.5
+    defaults = {name: field.default for name, field in option_fields(MaskedLM).items()}
+    for name in ("corruption", "select", "rate", "shares", "span", "max_predictions"):
+        assert taken[f"objective.{name}"] == str(defaults[name])
 
 
 def test_a_metric_that_no_run_has_is_named_with_those_there_are():

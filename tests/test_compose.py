@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 
 import jax
@@ -31,7 +32,9 @@ from gpt_jax.objectives.classify import Classify
 from gpt_jax.objectives.compose import Mixture, Sum
 from gpt_jax.step import gradients, row_keys
 
-SETTING = Setting(model=tiny(), steps=50, batch_size=8, context_length=12)
+SETTING = Setting(model=tiny(), steps=50, batch_size=8, context_length=12, specials={"eot": 3, "mask": 36})
+TEXT = {"name": "causal_lm"}
+MIXED = {"name": "mixture", "tasks": {"text": TEXT}}
 
 
 def batch_of(seed=0, rows=8):
@@ -293,9 +296,65 @@ def test_compositions_are_built_from_nested_tables():
         ({"name": "sum"}, "objective.terms is empty"),
         ({"name": "mixture", "tasks": {"a": {"name": "causal_lm", "rows": 7}}}, "and sum to batch_size=8"),
         ({"name": "sum", "terms": {"a": {"name": "causal_lm", "aplha": 1.0}}}, r"did you mean 'alpha'"),
+        ({"name": "sum", "terms": {"a": "causal_lm"}}, r"objective\.terms\.a is 'causal_lm'; it takes a table"),
+        ({"name": "sum", "terms": {"a": TEXT | {"coef": "2"}}}, r"objective\.terms\.a\.coef is '2'; .* number of 0 or"),
+        ({"name": "sum", "terms": {"a": TEXT | {"coef": True}}}, r"objective\.terms\.a\.coef is True"),
+        ({"name": "sum", "terms": {"a": MIXED}}, r"objective\.terms\.a is a mixture.*the terms of a sum share one"),
+        ({"name": "sum", "terms": {"a": {"name": "policy_gradient"}}}, r"objective\.terms\.a is a policy_gradient"),
+        ({"name": "mixture", "tasks": {"a": "causal_lm"}}, r"objective\.tasks\.a is 'causal_lm'; it takes a table"),
+        ({"name": "mixture", "tasks": {"a": TEXT | {"rows": "8"}}}, r"objective\.tasks\.a\.rows is '8'.*whole number"),
+        ({"name": "mixture", "tasks": {"a": TEXT | {"rows": -8}}}, r"objective\.tasks\.a\.rows is -8; .* at least 1"),
+        ({"name": "mixture", "tasks": {"a": TEXT | {"coef": -1.0}}}, r"objective\.tasks\.a\.coef is -1\.0"),
+        ({"name": "mixture", "tasks": {"a": TEXT | {"data": "x.txt"}}}, r"objective\.tasks\.a\.data is 'x\.txt'"),
+        (TEXT | {"coefs": {"lm": "1"}}, r"objective\.coefs\['lm'\] is '1'"),
+        (TEXT | {"coefs": {"lm": -1.0}}, r"objective\.coefs\['lm'\] is -1\.0"),
+        (TEXT | {"coefs": {"lm": math.inf}}, r"objective\.coefs\['lm'\] is inf"),
+        (TEXT | {"alpha": math.nan}, r"objective\.alpha is nan; it takes a number"),
+        ({"name": "toys:Bigram", "rate": "0.1"}, r"objective\.rate is '0\.1'; it takes a number"),
+        ({"name": "policy_gradient", "clip": "0.2"}, r"objective\.clip is '0\.2'; it takes a number"),
+        ({"name": "policy_gradient", "std": 1}, r"objective\.std is 1; it takes True or False"),
+        (
+            {"name": "denoising", "denoisers": (("r", "3", 0.15),)},
+            r"objective\.denoisers has \('r', '3', 0\.15, 1\.0\)",
+        ),
+        ({"name": "denoising", "denoisers": ("r", 3, 0.15)}, r"denoisers is \('r', 3, 0\.15\); it takes a tuple of"),
+        ({"name": "distillation", "teacher": {"d_model": "x"}}, r"objective\.teacher\.d_model is 'x'; .* whole number"),
+        ({"name": "distillation", "teacher": {"head_dims": 4}}, r"teacher\.head_dims is 4; .* tuple of whole numbers"),
+        ({"name": "replaced_token", "generator": {"d_model": 8.5}}, r"objective\.generator\.d_model is 8\.5"),
     ],
 )
 def test_mistakes_are_one_line_naming_the_closest_name(spec, message):
     with pytest.raises(UserError, match=message) as error:
         build_objective(spec, SETTING)
     assert "\n" not in str(error.value)
+
+
+NAN = float("nan")
+OUT_OF_RANGE = {
+    "causal_lm": [("gamma", -1.0), ("gamma", NAN), ("alpha_warmup_steps", -5)],
+    "supervised": [("label_smoothing", 2.0), ("label_smoothing", NAN), ("max_new", 0), ("loss_chunk", -1)],
+    "dialogue": [("label_smoothing", 1.0), ("max_new", -1)],
+    **{name: [("head_dropout", x) for x in (1.0, -0.1, NAN)] for name in ("classify", "tag", "span_qa")},
+    "multiple_choice": [("head_dropout", 1.0)],
+    "dpo": [("beta", NAN)],
+    "distillation": [("temperature", NAN)],
+    "masked_lm": [("edit_gamma", NAN), ("shares", (0.8, NAN, 0.1))],
+    "replaced_token": [("temperature", NAN)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"), [(name, *pair) for name, pairs in OUT_OF_RANGE.items() for pair in pairs]
+)
+def test_a_number_out_of_range_is_refused_in_one_line(name, option, value):
+    own = {"mask_token": 3} if name in ("masked_lm", "replaced_token") else {}
+    with pytest.raises(UserError, match=rf"^objective\.{option} is {re.escape(repr(value))}[; ]") as error:
+        objective_class(name)(model=Transformer(SETTING.model), **own, **{option: value})
+    assert "\n" not in str(error.value)
+
+
+def test_options_that_may_be_none_and_coefficients_that_are_functions_are_taken():
+    coefs = {"lm": lambda step: 0.5 * step}
+    assert build_objective({"name": "causal_lm", "coefs": coefs}, SETTING).coefs == coefs
+    assert build_objective({"name": "policy_gradient", "clip": None, "std": None}, SETTING).clip == 0
+    assert build_objective({"name": "sum", "terms": {"a": TEXT | {"coef": 0}}}, SETTING).coefs == {"a/lm": 0}

@@ -80,6 +80,14 @@ def test_the_number_of_scored_tokens_is_the_same_for_every_stride():
     np.testing.assert_allclose(got[:24], disjoint, atol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [-1, 0, 9])
+@pytest.mark.parametrize("length", [5, 30])
+def test_a_stride_beyond_the_window_is_refused_however_long_the_text(stride, length):
+    text = tokens(rows=1, length=length)[0]
+    with pytest.raises(UserError, match=f"stride is {stride}; it must be .* at most the window's size, 8"):
+        strided_perplexity(Transformer(tiny()), None, text, size=8, stride=stride)
+
+
 def test_learned_positions_refuse_what_lies_beyond_them():
     model, params, text = Transformer(tiny()), params_of(tiny()), tokens(rows=1, length=40)[0]
     for call in (

@@ -1,5 +1,7 @@
 """Dialogue: the loss on every token that chosen roles say, first and last included, and on no other."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from helpers import apply_of, params_of, tiny
 from training import first_step, rows_of
 
 from gpt_jax.data.formats import TaskInfo
-from gpt_jax.data.task_rows import EncodedTask
+from gpt_jax.data.task_rows import EncodedTask, check_targets
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model import Mask, Transformer
@@ -148,6 +150,27 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_a_role_that_the_task_has_not_is_refused():
     with pytest.raises(UserError, match=r"objective.roles is 'asistant' \(did you mean 'assistant'\?\)"):
         encoded(roles=("asistant",))
+
+
+def test_a_role_that_no_example_has_is_refused_with_those_there_are():
+    free = dataclasses.replace(TASK, labels=())  # a table of one's own declares no roles
+    for roles in (("asistant",), ("user", "asistant")):
+        chosen = encoded(task=free, roles=roles)
+        with pytest.raises(
+            UserError, match=r"is 'asistant' \(did you mean 'assistant'\?\); allowed: assistant, user\."
+        ):
+            check_targets(chosen.format, [chosen])
+    silent = dataclasses.replace(free, splits={"train": lambda: [Example((("bot", "a"), ("user", "b")))]})
+    both = [encoded(task=task, roles=("assistant", "bot")) for task in (free, silent)]
+    check_targets(both[0].format, both)  # each task has one of them
+
+
+def test_a_task_whose_rows_have_no_target_left_is_refused():
+    turns = (("assistant", "yes"), ("user", "a question that takes all the room there is"))
+    early = dataclasses.replace(TASK, splits={"train": lambda: [Example(turns)]})
+    check_targets(rows_for(), [encoded(task=early)])
+    with pytest.raises(UserError, match="no training example of task talk has a token to predict in its row of 12"):
+        check_targets(rows_for(12), [encoded(12, task=early)])
 
 
 def test_one_step_is_what_it_was():

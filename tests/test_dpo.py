@@ -66,6 +66,16 @@ def test_at_the_reference_the_loss_is_ln_2():
     assert metrics["margin"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_tie_is_not_a_right_answer():
+    objective, batch = DPO(Transformer(CONFIG), beta=0.3), batch_of()
+    same = {"model": model_params(), "reference": model_params()}
+    assert evaluated(objective, same, batch)[1]["accuracy"] == 0
+    assert set(np.asarray(objective.predict(same, batch)["answer"])) == {1}
+    moved = {"model": noisy(model_params()), "reference": model_params()}
+    right = np.mean(np.asarray(objective.predict(moved, batch)["answer"]) == 0)
+    assert 0 < right < 1 and evaluated(objective, moved, batch)[1]["accuracy"] == pytest.approx(right)
+
+
 def test_the_loss_is_that_of_the_answers_log_probabilities_one_token_after_another():
     params = {"model": noisy(model_params()), "reference": model_params()}
     model = Transformer(CONFIG)

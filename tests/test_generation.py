@@ -148,7 +148,13 @@ def test_each_filter_draws_from_its_distribution_by_chi_square(size, sampling):
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(0.0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.0), Sampling(1.0, min_p=1.0)]
+    "sampling",
+    [
+        *map(Sampling, (0.0, 1e-320, 1e-40, 1.2e-38)),
+        Sampling(1.0, top_k=1),
+        Sampling(1.0, top_p=0.0),
+        Sampling(1.0, min_p=1.0),
+    ],
 )
 def test_every_limit_is_greedy(sampling):
     assert set(draws(jnp.asarray([[0.1, 0.3, 0.2]]), sampling, 200)) == {1}

@@ -1,5 +1,6 @@
 """Masked language modelling: maskers against counts, distributions and a sequential oracle; the loss against NumPy."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -578,6 +579,9 @@ def test_a_config_takes_its_special_tokens_from_the_tokenizer():
         (dict(shares=(0.8, 0.3, -0.1)), r"objective\.shares is \(0\.8, 0\.3, -0\.1\)"),
         (dict(shares=(0.8, 0.1, 0.2)), r"objective\.shares is \(0\.8, 0\.1, 0\.2\)"),
         (dict(masks=0), r"objective\.masks is 0"),
+        (dict(corruption="fair", max_predictions=1), r"objective\.masks is 1, but a row has at most 1 selected"),
+        (dict(corruption="fair", masks=5, max_predictions=4), r"objective\.masks is 5, but .* max_predictions=4"),
+        (dict(loss_on="non_mask", shares=(1.0, 0.0, 0.0)), r"'non_mask' and objective\.shares \(1\.0, 0\.0, 0\.0\)"),
         (dict(edit_gamma=-0.1), r"objective\.edit_gamma is -0\.1"),
         (dict(label_smoothing=1.0), r"objective\.label_smoothing is 1\.0"),
         (dict(mask_token=37), r"special token 37 is not in the model's vocabulary of 37"),
@@ -587,3 +591,16 @@ def test_options_out_of_range_are_refused_in_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
         MaskedLM(MODEL, **{"mask_token": MASK} | options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("select", ["tokens", "spans", "iid"])
+def test_rows_too_short_to_learn_from_are_refused(select):
+    options = dict(corruption="fair", select=select, rate=0.5, masks=4)
+    spec = {"name": "masked_lm", **options}
+    setting = Setting(model=MODEL.config, specials={"eot": 3, "mask": 36}, context_length=8 if select != "iid" else 4)
+    with pytest.raises(UserError, match=r"masks is 4, but a row has at most 4 selected tokens.*context_length=[48]"):
+        build_objective(spec, setting)
+    assert build_objective(spec | {"loss_on": "all"}, setting)
+    assert build_objective(spec, dataclasses.replace(setting, context_length=10))
+    short, long = (prepare(long_batch(8, length), **options)["counts"].sum() for length in (setting.context_length, 10))
+    assert short == 0 < long

@@ -444,6 +444,11 @@ def test_small_slopes_pass_attention_in_half_precision(dtype):
     np.testing.assert_allclose(np.asarray(slope, np.float32), 1e-5, rtol=0.03)
 
 
+NAN = float("nan")
+ZERO_OR_MORE = ("head_dim", "d_ff", "num_kv_heads", "unroll", "max_positions", "embedding_size", "vocab_size")
+ABOVE_ZERO, NONE = ("rope_base", "norm_eps"), (0.0, -1.0, NAN)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -460,6 +465,12 @@ def test_small_slopes_pass_attention_in_half_precision(dtype):
         (dict(dropout=1.0), r"dropout is 1\.0"),
         (dict(num_layers=0), r"num_layers is 0"),
         (dict(vocab_multiple=0), r"vocab_multiple is 0"),
+        *((dict([(name, -2)]), f"^{name} is -2; it must be 0 .*or more") for name in ZERO_OR_MORE),
+        *((dict([(name, value)]), f"^{name} is {value}; it must be above 0") for name in ABOVE_ZERO for value in NONE),
+        (dict(init_std=NAN), r"init_std is nan"),
+        (dict(logit_softcap=NAN), r"logit_softcap is nan"),
+        (dict(rope_factor=NAN), r"rope_factor is nan"),
+        (dict(head_dims=(24, -8, 0, 0)), r"head_dims is \(24, -8, 0, 0\); each size must be at least 1"),
     ],
 )
 def test_impossible_models_are_refused_in_one_line(overrides, message):

@@ -48,3 +48,24 @@ def test_hidden_matrices_follow_the_width_and_nothing_else_does():
         found = [factor["lr"] for regex, factor in groups_of(32, 8) if re.fullmatch(regex, name)]
         assert (found or [1.0]) == [rate]
     assert seen == {"vector", "hidden", "output"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_with_factorised_embeddings_the_projection_from_the_width_is_the_output(tied):
+    config = tiny(d_model=32, embedding_size=8, tie_embeddings=tied)
+    params = {"model": initial_params(config)}
+    rates = {
+        path_name(path): rate for path, rate in jax.tree_util.tree_leaves_with_path(rate_multipliers(params, 32, 8))
+    }
+    outside = {name: rate for name, rate in rates.items() if "/layers/" not in name and not name.endswith("bias")}
+    assert {name for name, rate in outside.items() if rate != 1} == {"model/embedding_out/kernel"}
+    assert outside["model/embedding_out/kernel"] == 0.25 and outside["model/embedding_in/kernel"] == 1
+    assert ("model/head" in outside) != tied
+    for name, rate in rates.items():
+        found = [factor["lr"] for regex, factor in groups_of(32, 8, factorised=True) if re.fullmatch(regex, name)]
+        assert (found or [1.0]) == [rate]
+    scaled = scale_initial(params, 32, 8)["model"]
+    kernel = scaled["embedding_out"]["kernel"]  # muP: of deviation base^-1/2 at the base width, falling as 1 / width
+    assert np.std(kernel) == pytest.approx(8**-0.5 * 8 / 32, rel=0.2)
+    for name in ("embedding", "embedding_in", *([] if tied else ["head"])):
+        jax.tree.map(np.testing.assert_array_equal, scaled[name], params["model"][name])

@@ -60,6 +60,27 @@ def test_a_source_keeps_its_last_words(tmp_path, tokenizer):
     assert found.source == "fgh\nTL;DR:\n" and found.gold == ("x",)
 
 
+@pytest.mark.parametrize(
+    ("policy", "budget", "left"),
+    [
+        ("right", 4, "a\u20ac"),
+        ("right", 6, "a\u20ac"),
+        ("left", 4, "xyz"),
+        ("head_tail", 7, "axyz"),
+        ("left", 20, None),
+    ],
+)
+def test_a_character_that_a_cut_goes_through_is_dropped(tmp_path, tokenizer, policy, budget, left):
+    text = "a\u20ac\u20ac\u20acxyz"  # three bytes each; the tail's first byte would end the head's last character
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"source": text, "target": "x"}) + "\n")
+    inner = {"name": "text_to_text", "train": str(path), "test": str(path), "source": "{source}", "target": "{target}"}
+    options = dict(tokenizer=tokenizer, budget=budget, policy=policy, head=0.45)
+    (found,) = load_task("shortened", task=inner, **options).examples("test")
+    assert found.source == (text if left is None else left)
+    assert len(ByteTokenizer().encode(found.source)) <= budget
+
+
 def test_what_cannot_be_shortened_is_refused(tmp_path, tokenizer):
     given = dict(task=questions(tmp_path), tokenizer=tokenizer)
     with pytest.raises(UserError, match="budget is 0"):

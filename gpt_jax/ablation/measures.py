@@ -30,6 +30,7 @@ def bert_masking(cell: Cell) -> dict[str, float]:
         "objective.loss_on": "selected",
         "objective.select": "tokens",
         "objective.span": "0",
+        "objective.max_predictions": "0",
     }
     same |= {"objective.rate": "0.15", "objective.shares": "(0.8, 0.1, 0.1)"}
     run, params, _ = restore_run(str(cell.path), overrides=same)

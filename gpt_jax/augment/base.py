@@ -103,7 +103,8 @@ def augment_task(
     Args:
       train: originals. generator: see `Generator`. per_class: how many of each label. rng: of all draws.
       filters: applied in turn. refused: texts that no example may equal: those of the validation and test sets.
-      oversample: candidates of each class before the best are taken, in multiples of `per_class`.
+      oversample: candidates of each class before the best are taken (without filters the first), in multiples of
+        `per_class`.
       exact: a class that stays short is an error; else it has fewer.
 
     Returns:

@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-class", type=int, default=0, help="originals used of each class, drawn by --seed; 0: all"
     )
     parser.add_argument("--count", type=int, default=100, help="synthetic examples of each class")
-    parser.add_argument("--oversample", type=int, default=1, help="candidates, in multiples of --count; the best stay")
+    parser.add_argument(
+        "--oversample",
+        type=int,
+        default=1,
+        help="candidates, in multiples of --count; the best by the filters stay, without a filter the first",
+    )
     parser.add_argument("--steps", type=int, default=100, help="steps of tuning the generator on the originals")
     parser.add_argument("--learning-rate", type=float, default=0.0, help="of that tuning; 0: 1e-3, or 0.02 of Muon")
     parser.add_argument("--length", type=int, default=64, help="tokens of an example at most")

@@ -42,14 +42,18 @@ def windows(targets: int, size: int, stride: int) -> list[tuple[int, int, int]]:
     Raises:
       UserError: a stride of less than 1, or of more than the size, which would leave targets without context.
     """
-    if not 1 <= stride <= size:
-        raise UserError(f"stride is {stride}; it must be at least 1 and at most the window's size, {size}.")
+    _check_stride(stride, size)
     out, done = [], 0
     while done < targets:
         end = min(targets, done + stride if done else size)
         out.append((max(0, end - size), done, end))
         done = end
     return out
+
+
+def _check_stride(stride: int, size: int) -> None:
+    if not 1 <= stride <= size:
+        raise UserError(f"stride is {stride}; it must be at least 1 and at most the window's size, {size}.")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -82,13 +86,14 @@ def stream_losses(
     Raises:
       UserError: fewer than two tokens, a window that the model's learned positions do not hold, a stride out of range.
     """
+    _check_stride(stride, size)
     text = np.asarray(tokens)
     targets = len(text) - 1
     if targets < 1:
         raise UserError(f"a text of {len(text)} tokens has nothing to predict; it needs at least 2.")
     size = min(size, targets)
     check_length(model, size)
-    plan = windows(targets, size, min(stride, size) if stride >= 1 else stride)
+    plan = windows(targets, size, min(stride, size))  # a text shorter than the window is one window
     out, seen = np.full(targets, np.nan, np.float32), 0
     for at in range(0, len(plan), batch_size):
         part = plan[at : at + batch_size]

@@ -44,6 +44,7 @@ class ExampleRows(Protocol):
         row's length, and 'segment_ids' and 'positions' are added; else a row is one piece, its arrays padded with 0.
       generates: whether predictions are generated text. Then there are `prompt(example, tokenizer)` -> ids, `max_new`
         (tokens at most) and `bidirectional` (tokens of the prompt see each other), and no `predictions`.
+      check: optional: takes the training examples of all tasks together; raises UserError where they are not of use.
     """
 
     kind: str

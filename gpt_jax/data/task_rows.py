@@ -131,6 +131,18 @@ def mixing_rates(sizes: Sequence[int], rates: str, cap: int, temperature: float)
     return [r / sum(raw) for r in raw]
 
 
+def check_targets(rows: ExampleRows, encoded: Sequence[EncodedTask]) -> None:
+    """Raises UserError for training examples that have nothing to learn: none that `rows` wants, or all of weight 0."""
+    if check := getattr(rows, "check", None):
+        check([example for one in encoded for example in one.examples])
+    for one in encoded:
+        weights = [piece["target_weights"] for piece in one.pieces if "target_weights" in piece]
+        if weights and not any(map(np.any, weights)):
+            raise UserError(
+                f"no training example of task {one.task.name} has a token to predict in its row of {one.length} tokens."
+            )
+
+
 def task_sources(
     data: Any,
     rows: ExampleRows,
@@ -161,6 +173,7 @@ def task_sources(
                 valid[task.name] = ValidTask(encoded, eval_batch_size, part)
             if split == "train":
                 makers.append(encoded)
+    check_targets(rows, makers)
     if len(makers) == 1:
         train: Any = TrainSource(makers[0], order, seed, tasks[0].name, whole=False)
     else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import sys
 
 from gpt_jax.errors import UserError, choose
 from gpt_jax.model.positions import RopeScaling
@@ -33,6 +35,13 @@ LACKS = {
 }
 REMATS = ("none", "full", "dots", "dots_no_batch", "offload_dots")
 DTYPES = ("float32", "bfloat16", "float16")
+_LEAST = (
+    (("num_layers", "d_model", "num_heads", "window", "query_block", "vocab_multiple", "rope_factor"), 1, "at least 1"),
+    (("rope_base", "norm_eps"), sys.float_info.min, "above 0"),
+    (("num_kv_heads", "head_dim", "d_ff", "embedding_size"), 0, "0 (which derives it) or more"),
+    (("vocab_size", "max_positions"), 0, "0 (which takes the run's) or more"),
+    (("unroll", "logit_softcap", "attention_softcap", "init_std"), 0, "0 or more"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +107,10 @@ class ModelConfig:
             choose("pattern", kind, LAYER_KINDS)
         if self.block and ":" not in self.block:
             raise UserError(f"block is {self.block!r}; it is an import path (package.module:Block), or empty.")
-        for name in ("num_layers", "d_model", "num_heads", "window", "query_block", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.embedding_size < 0:
-            raise UserError(f"embedding_size is {self.embedding_size}; it must be 0 (d_model) or more.")
+        for names, least, allowed in _LEAST:
+            for name in names:
+                if not least <= getattr(self, name) < math.inf:
+                    raise UserError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
         if not self.pattern or self.num_layers % len(self.pattern):
             raise UserError(
                 f"num_layers is {self.num_layers}, not a multiple of the length of pattern {self.pattern!r}."
@@ -112,6 +120,8 @@ class ModelConfig:
         if self.head_dims:
             if len(self.head_dims) != self.num_heads:
                 raise UserError(f"head_dims has {len(self.head_dims)} sizes for num_heads={self.num_heads}.")
+            if min(self.head_dims) < 1:
+                raise UserError(f"head_dims is {self.head_dims}; each size must be at least 1.")
             if sum(self.head_dims) != self.d_model:
                 raise UserError(f"head_dims sums to {sum(self.head_dims)}; it must be d_model={self.d_model}.")
             if self.num_kv_heads not in (0, self.num_heads) or self.positions == "rope" or self.qk_norm:
@@ -125,8 +135,6 @@ class ModelConfig:
             raise UserError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads={self.num_heads}.")
         if self.positions == "rope" and self.key_size % 2:
             raise UserError(f"rope needs an even head_dim, not {self.key_size}.")
-        if self.rope_factor < 1:
-            raise UserError(f"rope_factor is {self.rope_factor}; it must be at least 1.")
         if self.rope_scaling != "none" and self.positions != "rope":
             raise UserError(f"rope_scaling is {self.rope_scaling!r}, but positions is {self.positions!r}, not 'rope'.")
         if not 0 < self.rope_low_frequency < self.rope_high_frequency or self.rope_original_context < 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt_jax.errors import UserError, nearest
+from gpt_jax.errors import UserError, choose, nearest
 from gpt_jax.model import ModelConfig, Transformer
-from gpt_jax.options import import_path
+from gpt_jax.options import check_type, import_path, is_number
 
 Batch = dict[str, Any]
 Params = dict[str, Any]
@@ -203,12 +204,6 @@ def option_fields(cls: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}
 
 
-# What an option's annotation takes; others are left to the objective.
-_PLAIN = {"str": (str, "text"), "bool": (bool, "True or False"), "int": (int, "a whole number")}
-_PLAIN |= {"float": (int | float, "a number"), "Mapping[str, Any]": (Mapping, "a table")}
-_PLAIN |= {"tuple[float, ...]": (tuple | list, "a tuple of numbers")}
-
-
 def check_options(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `options` if all are known and of their type; raises UserError otherwise, naming the closest."""
     known = option_fields(cls) if dataclasses.is_dataclass(cls) else {}
@@ -218,14 +213,26 @@ def check_options(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
                 f"unknown config key 'objective.{key}'{nearest(key, known)}; "
                 f"{cls.__name__} takes: {', '.join(known) or 'no options'}."
             )
-        kind, said = _PLAIN.get(known[key].type, (object, ""))
-        value, fits = options[key], isinstance(options[key], kind)
-        if isinstance(value, bool):
-            fits = kind in (bool, object)
-        elif fits and kind == tuple | list:
-            fits = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-        if not fits:
-            raise UserError(f"objective.{key} is {value!r}; it takes {said}.")
+        check_type(f"objective.{key}", options[key], known[key].type)
+    coefs = options.get("coefs")
+    for term, coef in coefs.items() if isinstance(coefs, Mapping) else ():
+        if not callable(coef):
+            check_coefficient(f"objective.coefs[{term!r}]", coef)
+    return dict(options)
+
+
+def check_coefficient(key: str, value: Any) -> None:
+    """Raises UserError unless a coefficient is a finite number that is not negative: a loss is never trained up."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise UserError(f"{key} is {value!r}; it must be a number of 0 or more.")
+
+
+def check_model_options(key: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `options` if they are keys of a model's config with values of their type; raises UserError otherwise."""
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    for name, value in options.items():
+        choose(f"a key of {key}", name, fields)
+        check_type(f"{key}.{name}", value, fields[name].type)
     return dict(options)
 
 

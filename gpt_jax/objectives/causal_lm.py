@@ -60,7 +60,9 @@ class CausalLM(Objective):
         for name, ok, allowed in (
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("loss_chunk", self.loss_chunk >= 0, "0 or more tokens"),
+            ("alpha_warmup_steps", self.alpha_warmup_steps >= 0, "0 or more steps"),
             ("tau", self.tau > 0, "above 0"),
+            ("gamma", self.gamma >= 0, "0 or more"),
             (
                 "clip",
                 self.clip == () or (len(self.clip) == 2 and 0 <= self.clip[0] <= self.clip[1]),

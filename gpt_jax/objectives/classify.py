@@ -25,7 +25,7 @@ from gpt_jax.losses import cross_entropy
 from gpt_jax.model import Transformer
 from gpt_jax.model.random import fold_name
 from gpt_jax.objectives.base import Batch, Host, Objective, Params, Setting, check_options
-from gpt_jax.objectives.heads import apply_linear, hidden_states, init_linear
+from gpt_jax.objectives.heads import apply_linear, check_dropout, hidden_states, init_linear
 from gpt_jax.options import option
 
 POOLINGS = ("last", "mean")
@@ -88,6 +88,7 @@ class Classify(Objective):
     def __post_init__(self) -> None:
         choose("objective.pooling", self.pooling, POOLINGS)
         choose("objective.mask", self.mask, ("causal", "bidirectional"))
+        check_dropout(self.head_dropout)
         for term in self.coefs:
             choose("a term of objective.coefs", term, ("classify", "lm"))
         if "lm" in self.coefs and self.mask != "causal":

@@ -24,10 +24,12 @@ from gpt_jax.objectives.base import (
     Params,
     Setting,
     build_objective,
+    check_coefficient,
     check_options,
+    check_spec,
     rows_of,
 )
-from gpt_jax.options import option
+from gpt_jax.options import check_type, option
 from gpt_jax.sharding import path_name
 
 
@@ -194,20 +196,36 @@ class Mixture(_Composition):
         return {name: child.batch_spec(share[name], context_length) for name, child in self.children.items()}
 
 
+def _parted(key: str, spec: Any, keys: Sequence[str]) -> tuple[dict, dict]:
+    """Parts a child's table in two: the objective's own, and what it is to the composition: rows, coef, data (`keys`).
+
+    Raises:
+      UserError: one of them is not what it should be, or the child is no table.
+    """
+    check_type(key, spec, "Mapping[str, Any]")
+    given = {name: spec[name] for name in keys if name in spec}
+    check_coefficient(f"{key}.coef", given.get("coef", 1.0))
+    check_type(f"{key}.rows", given.get("rows", 1), "int")
+    if given.get("rows", 1) < 1:
+        raise UserError(f"{key}.rows is {given['rows']}; it must be at least 1.")
+    check_type(f"{key}.data", given.get("data", {}), "Mapping[str, Any]")
+    return {name: value for name, value in spec.items() if name not in keys}, given
+
+
 def _children(options: Mapping[str, Any], batch_size: int) -> dict[str, tuple[dict, int, float, dict]]:
     """Reads a mixture's tasks: {name: (objective's table, rows, coefficient, data keys)}; rows not given are shared."""
     tasks = options.get("tasks", {})
     if not tasks:
         raise UserError("objective.tasks is empty; a mixture needs at least one task.")
-    given = sum(spec.get("rows", 0) for spec in tasks.values())
-    others = [name for name, spec in tasks.items() if "rows" not in spec]
+    parted = {name: _parted(f"objective.tasks.{name}", spec, ("rows", "coef", "data")) for name, spec in tasks.items()}
+    left = batch_size - sum(given.get("rows", 0) for _, given in parted.values())
+    others = [name for name, (_, given) in parted.items() if "rows" not in given]
     out = {}
-    for name, spec in tasks.items():
-        own = {key: value for key, value in spec.items() if key not in ("rows", "coef", "data")}
-        share = (batch_size - given) // len(others) if others else 0
+    for name, (own, given) in parted.items():
+        share = left // len(others) if others else 0
         if others and name == others[0]:
-            share += (batch_size - given) % len(others)
-        out[name] = (own, spec.get("rows", share), spec.get("coef", 1.0), dict(spec.get("data", {})))
+            share += left % len(others)
+        out[name] = (own, given.get("rows", share), given.get("coef", 1.0), dict(given.get("data", {})))
     counts = {name: rows for name, (_, rows, _, _) in out.items()}
     if sum(counts.values()) != batch_size or min(counts.values()) < 1:
         raise UserError(
@@ -229,10 +247,7 @@ class Sum(_Composition):
 
     @classmethod
     def rows(cls, options: Mapping[str, Any], host: Host) -> Any:
-        found = [
-            rows_of({key: value for key, value in spec.items() if key != "coef"}, host)
-            for spec in options.get("terms", {}).values()
-        ]
+        found = [rows_of(spec, host) for spec, _ in _terms(options).values()]
         other = next((rows for rows in found if rows is not None), None)
         if any(rows is not None and rows != other for rows in found):
             raise UserError(
@@ -243,15 +258,9 @@ class Sum(_Composition):
 
     @classmethod
     def build(cls, options: Mapping[str, Any], setting: Setting) -> Sum:
-        terms = check_options(cls, options).get("terms", {})
-        if not terms:
-            raise UserError("objective.terms is empty; a sum needs at least one term.")
-        children, coefs = {}, {}
-        for name, spec in terms.items():
-            spec = dict(spec)
-            coefs[name] = spec.pop("coef", 1.0)
-            children[name] = build_objective(spec, setting)
-        return cls(children=children, child_coefs=coefs)
+        terms = _terms(check_options(cls, options))
+        children = {name: build_objective(spec, setting) for name, (spec, _) in terms.items()}
+        return cls(children=children, child_coefs={name: coef for name, (_, coef) in terms.items()})
 
     def batch_spec(self, batch_size: int, context_length: int) -> Any:
         specs: dict[str, Any] = {}
@@ -266,3 +275,20 @@ class Sum(_Composition):
 
     def _part(self, batch: Batch, name: str) -> Batch:
         return batch
+
+
+def _terms(options: Mapping[str, Any]) -> dict[str, tuple[dict, float]]:
+    """Reads a sum's terms: {name: (objective's table, coefficient)}."""
+    terms = options.get("terms", {})
+    if not terms:
+        raise UserError("objective.terms is empty; a sum needs at least one term.")
+    out = {}
+    for name, spec in terms.items():
+        own, given = _parted(f"objective.terms.{name}", spec, ("coef",))
+        if check_spec(own).parts is not Objective.parts:
+            raise UserError(
+                f"objective.terms.{name} is a {own['name']}, which has batches of its own; the terms of a sum share "
+                "one: use a mixture."
+            )
+        out[name] = (own, given.get("coef", 1.0))
+    return out

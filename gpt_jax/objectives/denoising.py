@@ -34,7 +34,7 @@ from gpt_jax.errors import UserError, choose
 from gpt_jax.losses import cross_entropy
 from gpt_jax.model import Mask, Transformer
 from gpt_jax.objectives.base import Batch, Host, Objective, Params, Setting, check_options, text_spec
-from gpt_jax.options import option
+from gpt_jax.options import is_number, option
 
 MODES = ("r", "s", "x")
 RECIPES: dict[str, tuple[tuple[Any, ...], ...]] = {
@@ -70,7 +70,8 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         choose("the mode of a denoiser", self.mode, MODES)
-        if not (0 < self.rate < 1 and self.weight > 0 and (self.mode == "s" or self.mean_span >= 1)):
+        numbers = all(map(is_number, (self.mean_span, self.rate, self.weight)))
+        if not (numbers and 0 < self.rate < 1 and self.weight > 0 and (self.mode == "s" or self.mean_span >= 1)):
             raise UserError(
                 f"objective.denoisers has {dataclasses.astuple(self)}; each is (mode, mean span, rate[, weight]) with "
                 "a span of at least 1, a rate between 0 and 1 and a weight above 0."

@@ -55,6 +55,12 @@ class DialogueRows(PromptRows):
         target = [*tokenizer.encode(text).tolist(), self.eot]
         return [self.row(prompt, target, [*wanted, *[role in self.roles] * len(target)])]
 
+    def check(self, examples: Sequence[Any]) -> None:
+        """Raises UserError for a chosen role that none of the examples has, naming those that they have."""
+        found = sorted({role for example in examples for role, _ in example.turns})
+        for role in self.roles:
+            choose("a role of objective.roles", role, found)
+
     def _laid_out(self, turns: Sequence[tuple[str, str]], last: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
         """Returns EOT, the turns and the marker of the role `last`; and which of these tokens are predicted."""
         ids, wanted = [self.eot], [False]

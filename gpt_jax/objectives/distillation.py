@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gpt_jax.errors import UserError, choose
+from gpt_jax.errors import UserError
 from gpt_jax.losses import cross_entropy
-from gpt_jax.model import Mask, ModelConfig, Transformer
+from gpt_jax.model import Mask, Transformer
 from gpt_jax.model.random import fold_name
-from gpt_jax.objectives.base import Batch, Objective, Params, Setting, check_options, text_spec
+from gpt_jax.objectives.base import Batch, Objective, Params, Setting, check_model_options, check_options, text_spec
 from gpt_jax.options import option
 
 TERMS = ("lm", "distill")
@@ -47,7 +47,7 @@ class Distillation(Objective):
     frozen = ("teacher/.*",)
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise UserError(f"objective.temperature is {self.temperature!r}; it must be above 0.")
         if self.teacher_model.config.vocab_size != self.model.config.vocab_size:
             raise UserError(
@@ -61,10 +61,8 @@ class Distillation(Objective):
 
     @property
     def teacher_model(self) -> Transformer:
-        fields = [field.name for field in dataclasses.fields(ModelConfig)]
-        for key in self.teacher:
-            choose("a key of objective.teacher", key, fields)
-        return Transformer(dataclasses.replace(self.model.config, **self.teacher))
+        own = check_model_options("objective.teacher", self.teacher)
+        return Transformer(dataclasses.replace(self.model.config, **own))
 
     def init(self, key: Array, batch: Batch) -> Params:
         teacher = self.teacher_model.init(fold_name(key, "teacher"), batch["tokens"])["params"]

@@ -89,7 +89,7 @@ class DPO(Objective):
     label_smoothing: float = option(0.0, "probability that a label is the wrong way round")
 
     def __post_init__(self) -> None:
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+        if not self.beta > 0 or not 0 <= self.label_smoothing < 0.5:
             raise UserError(
                 f"objective.beta is {self.beta!r} and objective.label_smoothing {self.label_smoothing!r}; "
                 "they must be above 0, and in [0, 0.5)."
@@ -133,7 +133,9 @@ class DPO(Objective):
         return {"dpo": jnp.sum(batch["weights"]["dpo"] * loss_B)}, metrics
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Array]:
-        return {"answer": jnp.argmax(self.log_ratios(params, batch, None), axis=1)}
+        """The answer that the policy prefers to the reference: 0, the chosen one, or 1, also where neither is."""
+        ratios_Bx2 = self.log_ratios(params, batch, None)
+        return {"answer": jnp.where(ratios_Bx2[:, 0] > ratios_Bx2[:, 1], 0, 1)}
 
     def log_ratios(self, params: Params, batch: Batch, keys_B: Array | None) -> Array:
         """log pi / pi_ref of the two answers of each row, nats. [B, 2]."""

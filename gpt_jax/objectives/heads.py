@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from gpt_jax.errors import UserError
 from gpt_jax.model import Mask, ModelConfig, Transformer
 from gpt_jax.model.random import dropout, fold_name
 
@@ -32,6 +33,12 @@ def apply_linear(params: Any, x: Array, rate: float = 0.0, keys_B: Array | None 
         x = dropout(x, rate, fold_name(keys_B, "head"))
     y = x.astype(jnp.float32) @ params["kernel"].astype(jnp.float32)
     return y + params["bias"].astype(jnp.float32) if "bias" in params else y
+
+
+def check_dropout(rate: float) -> None:
+    """Raises UserError for a rate of dropout before a head that leaves nothing, or is none."""
+    if not 0 <= rate < 1:
+        raise UserError(f"objective.head_dropout is {rate!r}; it must be in [0, 1).")
 
 
 def init_token_score(key: Array, config: ModelConfig) -> dict[str, Any]:

@@ -88,13 +88,14 @@ class MaskedLM(Objective):
         masking.check_shares(self.shares)
         if self.masks < 1:
             raise UserError(f"objective.masks is {self.masks}; the article's variants have at least one [MASK].")
-        if self.edit_gamma < 0 or not 0 <= self.edit_after <= 1:
+        if not self.edit_gamma >= 0 or not 0 <= self.edit_after <= 1:
             raise UserError(
                 f"objective.edit_gamma is {self.edit_gamma!r} and edit_after {self.edit_after!r}; "
                 "they must be 0 or more, and in [0, 1]."
             )
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"objective.label_smoothing is {self.label_smoothing!r}; it must be in [0, 1).")
+        self._check_targets()
         ids = masking.check_specials(self.model.config.vocab_size, self.mask_token, self.specials)
         object.__setattr__(self, "specials", ids)
 
@@ -102,11 +103,32 @@ class MaskedLM(Objective):
     def build(cls, options: Mapping[str, Any], setting: Setting) -> MaskedLM:
         ids = dict(mask_token=setting.special("mask"), specials=tuple(setting.specials.values()))
         objective = cls(model=Transformer(setting.model), **ids, **check_options(cls, options))
+        objective._check_targets(setting.context_length)
         return with_edit_schedule(objective, setting.steps)
 
     @classmethod
     def parts_of_steps(cls, options: Mapping[str, Any]) -> Sequence[str]:
         return ("edit_after",) if options.get("coefs.edit") and options.get("edit_after", cls.edit_after) else ()
+
+    def _check_targets(self, length: int = 0) -> None:
+        """Raises UserError where [MASK]s are all that is selected in rows of `length` (0: any), and never predicted."""
+        if self.where != "non_mask":
+            return
+        if self.corruption == "bert" and self.shares[0] >= 1:
+            raise UserError(
+                f"objective.loss_on is 'non_mask' and objective.shares {self.shares!r}: every selected token is "
+                "[MASK], so no token is left to learn from."
+            )
+        if self.corruption == "literal" or self.select == "iid":
+            most = length
+        else:
+            most = masking.budget(length, self.rate, self.max_predictions)[-1] if length else self.max_predictions
+        if self.corruption != "bert" and 0 < most <= self.masks:
+            raise UserError(
+                f"objective.masks is {self.masks}, but a row has at most {most} selected tokens (rate={self.rate}, "
+                f"max_predictions={self.max_predictions}, context_length={length or 'any'}): no token is left to "
+                "learn from with loss_on='non_mask'."
+            )
 
     @property
     def where(self) -> str:

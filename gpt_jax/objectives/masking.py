@@ -66,7 +66,7 @@ def check_selection(select: str, rate: float, max_predictions: int, span: int = 
 
 def check_shares(shares: Sequence[float]) -> None:
     """Raises UserError for parts ([MASK], random, kept) that do not make up a whole."""
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise UserError(f"objective.shares is {shares!r}; three parts that sum to 1: [MASK], a random token, kept.")
 
 

@@ -21,7 +21,7 @@ from gpt_jax.losses import cross_entropy
 from gpt_jax.model import Transformer
 from gpt_jax.model.random import fold, fold_name
 from gpt_jax.objectives.base import Batch, Host, Objective, Params, check_options
-from gpt_jax.objectives.heads import apply_linear, hidden_states, init_linear
+from gpt_jax.objectives.heads import apply_linear, check_dropout, hidden_states, init_linear
 from gpt_jax.options import option
 
 HIDDEN = -1e30
@@ -88,6 +88,7 @@ class MultipleChoice(Objective):
 
     def __post_init__(self) -> None:
         choose("objective.mask", self.mask, ("causal", "bidirectional"))
+        check_dropout(self.head_dropout)
         if self.max_choices < 2:
             raise UserError(f"objective.max_choices is {self.max_choices}; it must be at least 2.")
 

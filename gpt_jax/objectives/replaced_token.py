@@ -28,7 +28,7 @@ from gpt_jax.losses import binary_cross_entropy
 from gpt_jax.model import ModelConfig, Transformer
 from gpt_jax.model.random import fold_name
 from gpt_jax.objectives import masking
-from gpt_jax.objectives.base import Batch, Objective, Params, Setting, check_options, text_spec
+from gpt_jax.objectives.base import Batch, Objective, Params, Setting, check_model_options, check_options, text_spec
 from gpt_jax.objectives.heads import init_token_score, token_score
 from gpt_jax.objectives.masked_lm import MaskedLM, with_edit_schedule
 from gpt_jax.options import option
@@ -65,7 +65,7 @@ class ReplacedToken(Objective):
 
     def __post_init__(self) -> None:
         choose("objective.share", self.share, ("embeddings", "none"))
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise UserError(f"objective.temperature is {self.temperature!r}; it must be above 0.")
         own, other = self.masked_lm.model.config, self.model.config  # made here, so that its options are checked
         if self.share == "embeddings":
@@ -171,9 +171,7 @@ def generator_config(
     """
     if not 0 < fraction <= 1:
         raise UserError(f"objective.fraction is {fraction!r}; it must be in (0, 1].")
-    overrides = dict(overrides or {})
-    for key in overrides:
-        choose("a key of objective.generator", key, [f.name for f in dataclasses.fields(ModelConfig)])
+    overrides = check_model_options("objective.generator", overrides or {})
     width = max(2, 2 * round(config.d_model * fraction / 2))
     even = 2 if config.positions == "rope" else 1
     most = max(1, round(config.num_heads * fraction))

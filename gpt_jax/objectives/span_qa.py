@@ -22,7 +22,7 @@ from gpt_jax.losses import cross_entropy
 from gpt_jax.model import Transformer
 from gpt_jax.model.random import fold_name
 from gpt_jax.objectives.base import Batch, Host, Objective, Params, check_options
-from gpt_jax.objectives.heads import apply_linear, hidden_states, init_linear
+from gpt_jax.objectives.heads import apply_linear, check_dropout, hidden_states, init_linear
 from gpt_jax.options import option
 
 HIDDEN = -1e30
@@ -177,6 +177,7 @@ class SpanQA(Objective):
 
     def __post_init__(self) -> None:
         choose("objective.mask", self.mask, ("bidirectional", "causal"))
+        check_dropout(self.head_dropout)
         for name in ("doc_stride", "max_question", "max_answer"):
             if getattr(self, name) < 1:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must be at least 1.")

@@ -106,6 +106,13 @@ class Supervised(Objective):
         choose("objective.loss_on", self.loss_on, ("target", "all"))
         if self.mask == "prefix" and self.loss_on == "all":
             raise UserError("objective.loss_on is 'all', but under mask='prefix' the prompt's tokens see each other.")
+        for name, ok, allowed in (
+            ("max_new", self.max_new >= 1, "at least 1"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("loss_chunk", self.loss_chunk >= 0, "0 or more tokens"),
+        ):
+            if not ok:
+                raise UserError(f"objective.{name} is {getattr(self, name)!r}; it must be {allowed}.")
 
     @classmethod
     def rows(cls, options: Mapping[str, Any], host: Host) -> PromptRows:

@@ -25,7 +25,7 @@ from gpt_jax.model import Transformer
 from gpt_jax.model.random import fold_name
 from gpt_jax.objectives.base import Batch, Host, Objective, Params, Setting, check_options
 from gpt_jax.objectives.classify import only_own_labels
-from gpt_jax.objectives.heads import apply_linear, hidden_states, init_linear
+from gpt_jax.objectives.heads import apply_linear, check_dropout, hidden_states, init_linear
 from gpt_jax.options import option
 
 
@@ -94,6 +94,7 @@ class Tag(Objective):
 
     def __post_init__(self) -> None:
         choose("objective.mask", self.mask, ("bidirectional", "causal"))
+        check_dropout(self.head_dropout)
 
     @classmethod
     def rows(cls, options: Mapping[str, Any], host: Host) -> TagRows:

@@ -7,11 +7,15 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from gpt_jax.context.truncation import POLICIES, truncate
 from gpt_jax.data.readers import expand_variables
 from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError, choose
 from gpt_jax.tasks.base import Example, Malformed, SpanQA, Split, Task, TextToText, load_task
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class ShortenedQA(SpanQA):
 def task(
     task: str | Mapping[str, Any], tokenizer: str, budget: int, policy: str = "right", head: float = 0.5, end: str = ""
 ) -> Task:
-    """The examples of a task whose input (the text, source or context) has at most `budget` tokens.
+    """The examples of a task whose input (the text, source or context) has at most `budget` tokens (whole characters).
 
     Args:
       task: the other task, a name or a table. tokenizer: the folder of one, as in a run's workdir.
@@ -64,8 +68,16 @@ def _valid(split: Split, whole: Task) -> Iterable[Example | Malformed]:
 
 def _cut(text: str, tokenizer: Tokenizer, budget: int, policy: str, head: float, end: str) -> str:
     body, mark, rest = text.rpartition(end) if end and end in text else (text, "", "")
-    ids = truncate(tokenizer.encode(body).tolist(), budget, policy, head)
-    return tokenizer.decode(ids) + mark + rest
+    ids = tokenizer.encode(body)
+    kept = np.array(truncate(range(len(ids)), budget, policy, head), np.int64)
+    parts = np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)
+    decoded = [tokenizer.decode(ids[part]) for part in parts]
+    if not tokenizer.lossless or not any(_BROKEN in text for text in decoded):
+        return tokenizer.decode(ids[kept]) + mark + rest
+    for i, part in enumerate(parts):  # a cut through a character leaves some of its bytes, which are none
+        decoded[i] = decoded[i].lstrip(_BROKEN) if part[0] > 0 else decoded[i]
+        decoded[i] = decoded[i].rstrip(_BROKEN) if part[-1] < len(ids) - 1 else decoded[i]
+    return "".join(decoded) + mark + rest
 
 
 def _shorten(item: Any, cut: Callable[[str], str]) -> Example:
