@@ -55,8 +55,11 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         if args.config or overrides:
             raise UserError("--compare takes finished runs: no --config.")
         study = compare_runs(args.compare, tuple(args.metric), title=workdir.name)
+        for name, why in study.missing:
+            print(f"missing: {name}: {why}")
         paths, numbers = write_study(study, workdir)
-        return _finish(workdir, {"arms": list(study.results)}, paths, numbers)
+        summary = {"arms": list(study.results), "missing": [name for name, _ in study.missing]}
+        return _finish(workdir, summary, paths, numbers)
     if not args.config:
         raise UserError(
             "--config is missing: an ablation file, e.g. --config=ablations/ffn (or --compare RUN RUN ...)."

@@ -182,7 +182,6 @@ def open_scorer(
     """
     from gpt_jax.config import resolve, to_dict
     from gpt_jax.loading import load
-    from gpt_jax.objectives.base import objective_class
     from gpt_jax.run import mesh_of
     from gpt_jax.score import Scorer
     from gpt_jax.sharding import DEFAULT_RULES
@@ -191,8 +190,8 @@ def open_scorer(
         if not key.startswith("mesh."):
             raise UserError(f"--config.{key}: of a run that is scored only the mesh (--config.mesh.*) can be changed.")
     loaded = load(workdir, step=step, weights=weights)
-    name = loaded.config.objective["name"]
-    if not objective_class(name).generates:
+    if not loaded.objective.generates:
+        name = loaded.config.objective["name"]
         raise UserError(
             f"the run in {workdir!r} has the objective {name!r}, which does not teach it to continue a text."
         )

@@ -17,7 +17,7 @@ from gpt_jax.config import Config, resolve
 from gpt_jax.data import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError, choose
 from gpt_jax.model import Transformer
-from gpt_jax.objectives.base import bidirectional_prompt
+from gpt_jax.objectives.base import Objective, Setting, bidirectional_prompt, build_objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,13 @@ class Loaded:
     config: Config
     step: int
     all_params: Any
+
+    @property
+    def objective(self) -> Objective:
+        """What the run trains, but for the labels of its tasks."""
+        config = self.config
+        setting = Setting(config.model, self.tokenizer.specials, config.steps, config.batch_size, config.context_length)
+        return build_objective(config.objective, setting)
 
     @property
     def bidirectional_prompt(self) -> bool:

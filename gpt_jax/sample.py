@@ -15,7 +15,6 @@ from gpt_jax.context.truncation import POLICIES, truncate
 from gpt_jax.errors import UserError, choose
 from gpt_jax.generation import MAX_ROWS, batches_by_length, check_prompts, stream_batch
 from gpt_jax.loading import Loaded, load
-from gpt_jax.objectives.base import objective_class
 from gpt_jax.remote import refuse_url
 from gpt_jax.sampling import Sampling
 
@@ -107,10 +106,10 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     refuse_url(args.html, "--html", "write the page to a folder, then copy it to the bucket")
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompts_file)
     run = load(args.workdir, step=args.step, weights=args.weights)
-    objective = run.config.objective["name"]
-    if not objective_class(objective).generates:
+    if not run.objective.generates:
+        name = run.config.objective["name"]
         raise UserError(
-            f"the run in {args.workdir!r} has the objective {objective!r}, which does not teach it to continue a text; "
+            f"the run in {args.workdir!r} has the objective {name!r}, which does not teach it to continue a text; "
             "start one that does from its weights (init.from)."
         )
     if run.bidirectional_prompt:

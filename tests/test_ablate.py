@@ -10,9 +10,11 @@ import scipy.stats
 
 from gpt_jax import cli
 from gpt_jax.ablation import Ablation, chain, over, product, zipped
-from gpt_jax.ablation.cells import FILE
+from gpt_jax.ablation.cells import FILE, _flops, order_of
 from gpt_jax.ablation.grid import cells_of, load_ablation
-from gpt_jax.config import to_dict
+from gpt_jax.ablation.report import _positions, budget_table
+from gpt_jax.ablation.results import compare_runs
+from gpt_jax.config import resolve, to_dict
 from gpt_jax.errors import UserError
 
 ARMS = {"plain": {}, "wide": {"model.d_model": 32}, "slow": {"optimizer.learning_rate": 1e-4}}
@@ -93,6 +95,13 @@ def test_the_algebra_of_grids():
         product(b, b)
 
 
+def test_a_seed_is_no_key_of_an_arm():
+    for key, says in (("seed", "`seeds` and `first_seed`"), ("@pre.seed", "the config in `before` may set one")):
+        with pytest.raises(UserError, match=f"the arm 'b' sets {key!r}.*{says}"):
+            Ablation(question="", config={}, arms={"a": {}, "b": {key: 7}})
+    assert Ablation(question="", config={}, arms={"b": {"data.seed": 7, "@pre.data.seed": 7}}).seeds == 5
+
+
 def test_cells_are_paired_and_know_their_config_by_what_numbers_depend_on(file, tmp_path):
     cells = cells_of(load_ablation(file), tmp_path)
     assert [c.seed for c in cells[:4]] == [1, 1, 1, 2] and {c.config.seed for c in cells if c.arm == "wide"} == {
@@ -137,6 +146,74 @@ def test_collect_compares_paired_differences_and_names_what_is_missing_or_does_n
     assert "| plain | 3 | 384 | 6.000 | 1.5 |" in report  # updates, tokens, TFLOP, seconds
 
 
+def test_a_cell_lies_in_the_same_folder_whichever_arms_are_asked_for(tmp_path):
+    path = tmp_path / "alike.py"
+    path.write_text(
+        "from gpt_jax.ablation import Ablation\n"
+        "def get_ablation():\n"
+        "    arms = {'b=0.9': {}, 'b 0.9': {'optimizer.b1': 0.8}, 'other': {'optimizer.b1': 0.7}}\n"
+        "    return Ablation(question='', config={'batch_size': 8}, arms=arms, seeds=1)\n"
+    )
+    every = {cell.arm: cell.path for cell in cells_of(load_ablation(str(path)), tmp_path)}
+    assert len({*every.values()}) == 3
+    for arm in every:
+        for cell in cells_of(load_ablation(str(path), {"steps": "3"}, arms=[arm]), tmp_path):
+            assert cell.path == every[cell.arm]
+
+
+def write_run(path, rows, **config):
+    tree = to_dict(resolve({"steps": 3, "batch_size": 8, "context_length": 16, "model": {"vocab_size": 256}, **config}))
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(tree))
+    (path / "environment.json").write_text("{}")
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_runs_that_have_not_finished_are_named_and_left_out_of_a_comparison(tmp_path, capsys):
+    rows = [{"step": s, "valid/loss": 9.0 - s} for s in (1, 2, 3)]
+    runs = [
+        write_run(
+            tmp_path / f"{rate}-{seed}", rows[: 2 if seed == 3 else 3], seed=seed, optimizer={"learning_rate": rate}
+        )
+        for rate in (0.1, 0.2)
+        for seed in (1, 2, 3)
+    ]
+    code, summary, out = run(capsys, f"--workdir={tmp_path / 'work'}", "--compare", *runs)
+    assert code == 0 and summary["missing"] == [runs[2], runs[5]]
+    assert f"missing: {runs[2]}: not finished: step 2 of 3" in out.out
+    assert [(arm["n"], arm["mean"]) for arm in summary["results"].values()] == [(2, 6.0), (2, 6.0)]
+    assert "2 cells missing" in (tmp_path / "work" / "report.md").read_text()
+    assert cli.main(["ablate", f"--workdir={tmp_path / 'work'}", "--compare", runs[2]]) == 1
+    assert "no run is finished" in capsys.readouterr().err
+
+
+def test_tokens_and_compute_of_smaller_batches_are_those_that_the_run_read(tmp_path):
+    rows = [{"step": s, "valid/loss": 1.0, "perf/step_ms": 1.0} for s in range(1, 11)]
+    schedule = {"steps": 10, "microbatches": 4, "batch_schedule": ((3, 2), (5, 4)), "data": {"skip": ((1, 2), (4, 6))}}
+    study = compare_runs([write_run(tmp_path / "run", rows, **schedule)])
+    ((_, runs),) = study.results.items()
+    ((_, result),) = runs.items()
+    rows_of_steps = [2, 2, 4] + [8] * 7  # batches 0, 2, 3, 6, 7, ...
+    expected = np.concatenate([[0], np.cumsum(rows_of_steps)])
+    np.testing.assert_allclose(result.tokens(np.arange(11)), expected * 16)
+    np.testing.assert_allclose(result.tokens(2.5), (4 + 2) * 16)
+    np.testing.assert_allclose(result.flops(np.arange(11)), expected * result.flops_per_step / 8)
+    _, ((_, steps, tokens, flops, _),) = budget_table(study)
+    assert (steps, tokens) == (10, 64 * 16) and flops == f"{8 * result.flops_per_step / 1e12:.3f}"
+    _, tokens, flops, _ = _positions([result], np.array([1.0, 3.0]))
+    np.testing.assert_allclose(tokens, np.array([2, 8]) * 16 / 1e6)
+    np.testing.assert_allclose(flops, np.array([2, 8]) / 8 * result.flops_per_step / 1e12)
+
+
+@pytest.mark.slow
+def test_the_compute_of_an_arm_with_smaller_batches_is_counted_on_a_whole_one(file):
+    ablation = load_ablation(file, {"microbatches": "4", "batch_schedule": "((2, 4),)"}, seeds=1)
+    ramped = cells_of(ablation, "work")[0].config
+    whole = cells_of(load_ablation(file, seeds=1), "work")[0].config
+    assert order_of(ramped).rows_before(3) == 16 and _flops(ramped) == _flops(whole) > 0
+
+
 def test_the_html_report_stands_alone(file, tmp_path, capsys):
     pretend(file, tmp_path / "work")
     run(capsys, f"--config={file}", f"--workdir={tmp_path / 'work'}", "--collect")
@@ -176,6 +253,7 @@ def test_a_command_for_each_cell(file, tmp_path, capsys):
         (["--arm=wied"], "did you mean 'wide'?"),
         (["--config.model.d_model=32"], "the arms 'plain' and 'wide' would be the same"),
         (["--config.stepz=3"], "did you mean 'steps'?"),
+        (["--config.seed=3"], "--seeds says how many, `first_seed`"),
         (["--compare", "nowhere"], "--compare takes finished runs"),
     ],
 )

@@ -447,6 +447,23 @@ def test_mistakes_are_named(tmp_path, capsys):
         assert message in error and error.count("\n") == 1
 
 
+def test_a_file_of_the_users_own_is_never_replaced(tmp_path, capsys):
+    text = "".join(json.dumps({"text": f"{mood} {i} times", "label": mood}) + "\n" for i in range(9) for mood in LABELS)
+    own = tmp_path / "own" / "train.jsonl"
+    own.parent.mkdir()
+    own.write_text(text)
+    flags = ["augment", "--method=copy", "--count=3", "--task"]
+    task = "{'name': 'classification', 'train': '%s'}"
+    assert main([*flags, task % own, f"--out={own.parent}"]) == 1
+    assert "would replace train.jsonl, which the task is read from" in capsys.readouterr().err
+    assert main([*flags, "toy_tasks:moods", f"--out={own.parent}"]) == 1
+    error = capsys.readouterr().err
+    assert "holds a train.jsonl that augment did not write" in error and error.count("\n") == 1
+    assert own.read_text() == text and [path.name for path in own.parent.iterdir()] == ["train.jsonl"]
+    for _ in range(2):  # what it wrote itself is replaced
+        assert main([*flags, task % own, f"--out={tmp_path / 'out'}"]) == 0
+
+
 @pytest.mark.slow
 def test_a_generated_corpus_is_a_store_that_pre_training_mixes_in(lm, tmp_path, capsys):
     from gpt_jax.config import resolve

@@ -14,8 +14,10 @@ from helpers import params_of, tiny, tokens
 from gpt_jax import cli
 from gpt_jax.errors import UserError
 from gpt_jax.inspect import compare, forward, heads
+from gpt_jax.inspect.command import sees_left_only
 from gpt_jax.inspect.forward import subject_of
 from gpt_jax.model import Transformer
+from gpt_jax.objectives.base import Setting, build_objective
 
 GPT2 = tiny()
 CONFIGS = {
@@ -184,28 +186,68 @@ def test_attention_of_a_model_that_sees_both_sides():
     assert (weights > 0).all()
 
 
+MASKED = {"name": "masked_lm"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "generates", "causal"),
+    [
+        ({"name": "causal_lm"}, True, True),
+        (MASKED, False, False),
+        ({"name": "tag"}, False, False),
+        ({"name": "tag", "mask": "causal"}, False, True),
+        ({"name": "span_qa"}, False, False),
+        ({"name": "multiple_choice"}, False, True),
+        ({"name": "classify"}, False, True),
+        ({"name": "classify", "mask": "bidirectional"}, False, False),
+        ({"name": "classify", "coefs": {"classify": 1.0, "lm": 0.5}}, True, True),
+        ({"name": "classify", "coefs": {"classify": 1.0, "lm": 0.0}}, False, True),
+        ({"name": "mixture", "tasks": {"a": MASKED, "b": MASKED | {"rate": 0.3}}}, False, False),
+        ({"name": "mixture", "tasks": {"a": MASKED, "b": {"name": "causal_lm"}}}, True, True),
+        ({"name": "mixture", "tasks": {"a": MASKED, "b": {"name": "classify"}}}, False, True),
+        ({"name": "sum", "terms": {"a": MASKED}}, False, False),
+        ({"name": "sum", "terms": {"a": MASKED, "b": {"name": "causal_lm"}}}, True, True),
+    ],
+)
+def test_an_objective_says_whether_it_continues_a_text_and_what_its_tokens_see(spec, generates, causal):
+    objective = build_objective(spec, Setting(tiny(), {"mask": 1}, 10, 8, 12))
+    assert (objective.generates, sees_left_only(objective)) == (generates, causal)
+
+
 TEXT = "the cat sat on the mat. the dog sat on the log. "
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of a few steps, and its workdir."""
+def trained_run(folder, objective="causal_lm", **data):
+    """A run of a few steps: its workdir."""
     from gpt_jax.config import resolve
     from gpt_jax.train import train
 
-    folder = tmp_path_factory.mktemp("inspect")
-    (folder / "text.txt").write_text(TEXT * 100)
     config = {
+        "objective": {"name": objective},
         "steps": 3,
         "batch_size": 8,
         "context_length": 32,
         "model": {"num_layers": 2, "d_model": 16, "num_heads": 2, "dropout": 0.1},
-        "data": {"path": str(folder / "text.txt"), "split": "tail", "tokenizer": {"kind": "byte"}},
+        "data": {"tokenizer": {"kind": "byte"}, **data},
         "sample": {"prompts": ()},
         "log": {"tensorboard": False},
     }
     train(resolve(config), str(folder / "run"), log=lambda line: None)
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspect")
+    (folder / "text.txt").write_text(TEXT * 100)
+    return trained_run(folder, path=str(folder / "text.txt"), split="tail")
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tagger")
+    (folder / "words.conll").write_text("the O\ncat B\n\na O\ndog B\n\n" * 10)
+    return trained_run(folder, "tag", tasks=({"name": "tagging", "train": str(folder / "words.conll"), "hold_out": 0},))
 
 
 @pytest.mark.slow
@@ -277,6 +319,8 @@ def test_a_person_can_hover_and_choose(trained, tmp_path, capsys):
         (["--clean=ab", "--corrupt=abc"], "equally many"),
         (["--clean=ab", "--corrupt=ac", "--answers", "xy", "xz"], "different first tokens"),
         (["--tokens=1"], "--tokens is 1"),
+        (["--position=-7"], "--position is -7; it is a token's number, from 0, or -1"),
+        (["--position=99"], "the text shown has tokens 0 to 11"),
         (["--config.seed=1"], "the run's own config"),
     ],
 )
@@ -285,3 +329,22 @@ def test_mistakes_are_one_sentence(trained, capsys, arguments, message):
     assert cli.main(["inspect", f"--workdir={trained}", "--text=the cat sat", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_tagger_shows_the_attention_that_it_computes_and_predicts_no_next_token(tagger, trained, capsys):
+    inspect = ["inspect", f"--workdir={tagger}", "--text=the cat sat"]
+    assert cli.main(inspect) == 0
+    assert "predicts no next token: attention and lens only" in capsys.readouterr().out
+    numbers = json.loads((tagger / "inspect" / "inspect.json").read_text())
+    assert (np.array(numbers["attention"]) > 0).all() and "loss" not in numbers and "patterns" not in numbers
+    for arguments, message in (
+        ([*inspect, "--clean=ab", "--corrupt=ac"], "--clean is 'ab', but the objective 'tag' of the run predicts no"),
+        ([*inspect, f"--other={trained}"], f"--other is {str(trained)!r}, but the objective 'tag'"),
+        ([*inspect, "--position=3"], "--position is 3, but the objective 'tag'"),
+        (["inspect", f"--workdir={trained}", "--text=the cat", f"--other={tagger}"], "has the objective 'tag', which"),
+        (["sample", f"--workdir={tagger}", "--prompt=the"], "does not teach it to continue a text"),
+    ):
+        assert cli.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -172,6 +172,9 @@ BAD = {
     "no such choice": ("multiple_choice", "x.jsonl", lines({"prompt": "a", "choices": ["x", "y"], "answer": 0},
                                                           {"prompt": "a", "choices": ["x", "y"], "answer": 2}), 2,
                        "answer 2 is not one of the choices 0 to 1"),
+    "no number": ("multiple_choice", "x.jsonl", lines({"prompt": "a", "choices": ["x", "y"], "answer": "1"},
+                                                     {"prompt": "a", "choices": ["x", "y"], "answer": "\u00b2"}), 2,
+                  "column 'answer' is '\u00b2'; the number of a choice"),
     "no turns": ("dialogue", "x.jsonl", lines({"messages": [{"role": "user", "content": "a"}]}, {"messages": []}), 2,
                  "no turns"),
     "empty turn": ("dialogue", "x.jsonl", lines({"messages": [{"role": "user", "content": "a"}]},
@@ -251,6 +254,16 @@ def test_an_empty_label_is_no_class(tmp_path):
     assert Classify("a", " ", where="here").problem(()) == "empty label"
 
 
+def test_half_a_surrogate_pair_is_malformed_where_examples_are_held_out_by_their_hash_too(tmp_path):
+    rows = [{"text": f"text {i}", "label": "x"} for i in range(50)] + [{"text": "\ud800", "label": "x"}]
+    task = load_task("classification", train=write(tmp_path, "x.jsonl", lines(*rows)), malformed="skip", hold_out=0.1)
+    assert sum(len(task.examples(split)) for split in ("train", "valid")) == 50
+    assert sum(skipped.count for skipped in task.skipped.values()) == 1
+    with pytest.raises(UserError, match="x.jsonl:51: .*half a surrogate pair"):
+        for split in ("train", "valid"):
+            examples("classification", split, train=write(tmp_path, "x.jsonl", lines(*rows)), hold_out=0.1)
+
+
 def test_skipping_counts_all_and_shows_the_first_few(tmp_path):
     path = write(tmp_path, "x.tsv", "text\tlabel\n" + "a\tx\n" + "\tx\n" * 50)
     task = load_task("classification", train=path, malformed="skip", hold_out=0)
@@ -315,6 +328,7 @@ def test_a_task_of_ones_own_is_named_by_file_or_import_path(tmp_path, monkeypatc
         ("classification", {}, "needs the option 'train'"),
         ("babi:21", {}, "number is 21; allowed: 1 to 20"),
         ("babi:x", {}, "'x' is no number"),
+        ("babi:\u00b2", {}, "'\u00b2' is no number"),
         ("sst2", {"malformed": "ignore"}, "malformed is 'ignore'"),
         ("sst2", {"limit": -1}, "limit is -1"),
         ("sst2", {"limit": {"trian": 1}}, "split of limit is 'trian' .did you mean 'train'"),
@@ -510,13 +524,15 @@ def test_babi_holds_out_whole_stories_from_question_900_on(tmp_path):
 
 
 def test_babi_names_lines_that_are_no_story(tmp_path):
-    path = babi_archive(tmp_path, {"qa1_x_train.txt": STORY + "hello\n1 A.\n2 q?\ta\t7\n3 q?\ta\n4 q?\ta\t1\n"})
+    text = STORY + "hello\n1 A.\n2 q?\ta\t7\n3 q?\ta\n4 q?\ta\t1\n\u00b2 B.\n"
+    path = babi_archive(tmp_path, {"qa1_x_train.txt": text})
     task = load_task("babi:1", path=path, malformed="skip")
     assert len(task.examples("train")) == 3
     assert [m.split(":")[1:3] for m in task.skipped["train"].messages] == [
         ["6", " no number before the text 'hello'"],
         ["8", " not question, answer and numbers of earlier statements"],
         ["9", " not question, answer and numbers of earlier statements"],
+        ["11", " no number before the text '\u00b2 B.'"],
     ]
 
 

@@ -23,6 +23,7 @@ import jax
 from gpt_jax.ablation.grid import Before, Cell, identity
 from gpt_jax.config import Config, to_dict
 from gpt_jax.config_changes import compare
+from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.cache import content_hash, locked
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
@@ -232,7 +233,7 @@ def data_hash(path: pathlib.Path) -> str:
 
 
 def flops_per_step(cell: Cell) -> float | None:
-    """The compute of one update of the cell's arm, kept beside the cells: seeds have the same."""
+    """The compute of one update of the cell's arm on a whole batch, kept beside the cells: seeds have the same."""
     key = identity(dataclasses.replace(cell.config, seed=0))
     path = cell.path.parent.parent.parent / "flops" / f"{key}.json"
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -249,15 +250,29 @@ def _flops_before(cell: Cell) -> float:
         return 0.0
     before = cell.run_before(cell.start)
     record = json.loads((before.path / FILE).read_text())
-    return (record.get("flops_per_step") or 0.0) * before.config.steps
+    order = order_of(before.config)
+    return (record.get("flops_per_step") or 0.0) * order.rows_before(before.config.steps) / order.batch_size
+
+
+def order_of(config: Config) -> BatchOrder:
+    """How many rows each step of a run reads."""
+    schedule = resolve_batch_schedule(
+        config.batch_schedule,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        steps=config.steps,
+        micro=config.batch_size // config.microbatches,
+    )
+    return BatchOrder(config.batch_size, schedule, config.data.skip)
 
 
 def _flops(config: Config) -> float | None:
-    """Counts one update as the compiler sees it before it optimises, without recomputation: loops are unrolled."""
+    """Counts one update on a whole batch as the compiler sees it before it optimises, without recomputation: loops are
+    unrolled."""
     from gpt_jax.run import build_run
 
     plain = dataclasses.replace(config.model, unroll=0, remat="none")
-    plain = dataclasses.replace(config, model=plain, microbatches=1)
+    plain = dataclasses.replace(config, model=plain, microbatches=1, batch_schedule=())
     cost = build_run(plain, log=lambda line: None).step.lower().cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     return float(cost["flops"]) if cost and "flops" in cost else None

@@ -92,6 +92,7 @@ class Ablation:
       before: configs of runs that come first, by name. always: those that every cell needs, for its measures.
       measures: import paths of functions of a finished Cell -> {name: value}.
       reading: what a reader should know, e.g. what is not comparable.
+      folders: of the arms' cells; {} makes them of names. They stay what they are where only some arms are asked for.
     """
 
     question: str
@@ -106,6 +107,7 @@ class Ablation:
     always: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
     reading: str = ""
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         arms = self.arms
@@ -117,6 +119,12 @@ class Ablation:
         if len(arms) < 1:
             raise UserError("an ablation needs at least one arm.")
         object.__setattr__(self, "arms", {str(name): dict(entry) for name, entry in arms.items()})
+        for arm, own in self.arms.items():
+            if sets := next((key for key in own if re.fullmatch(r"(@[^.]+\.)?seed", key)), ""):
+                where = "the config in `before` may set one" if sets != "seed" else "`seeds` and `first_seed` say which"
+                raise UserError(f"the arm {arm!r} sets {sets!r}, but arms share their seeds; {where}.")
+        if not self.arms.keys() <= self.folders.keys():
+            object.__setattr__(self, "folders", _folders(self.arms))
         object.__setattr__(self, "baseline", self.baseline or next(iter(self.arms)))
         choose("the ablation's baseline", self.baseline, self.arms)
         for arm, others in self.against.items():
@@ -182,6 +190,11 @@ def load_ablation(
     Raises:
       UserError: no such file or arm, no `get_ablation` in it, an unknown key.
     """
+    if "seed" in (overrides or {}):
+        raise UserError(
+            f"--config.seed is {overrides['seed']!r}, but arms share their seeds: --seeds says how many, `first_seed` "
+            "of the file which is the first."
+        )
     path = find_config(name)
     ablation = call_config_file(path, "get_ablation")
     if not isinstance(ablation, Ablation):
@@ -211,9 +224,6 @@ def cells_of(ablation: Ablation, workdir: str | pathlib.Path) -> list[Cell]:
     So whatever has finished when one looks is paired.
     """
     workdir, cells = pathlib.Path(workdir), []
-    slugs = {arm: _slug(arm) for arm in ablation.arms}
-    if len(set(slugs.values())) < len(slugs):
-        slugs = {arm: f"{i:02d}-{slug}" for i, (arm, slug) in enumerate(slugs.items())}
     for seed in range(ablation.first_seed, ablation.first_seed + ablation.seeds):
         for arm, overrides in ablation.arms.items():
             own = {key: value for key, value in overrides.items() if not key.startswith("@")}
@@ -224,7 +234,7 @@ def cells_of(ablation: Ablation, workdir: str | pathlib.Path) -> list[Cell]:
             if start:
                 source = next(str(b.path) for b in before if b.name == start)
                 config = dataclasses.replace(config, init=dataclasses.replace(config.init, source=source))
-            path = workdir / "cells" / slugs[arm] / f"seed{seed}"
+            path = workdir / "cells" / ablation.folders[arm] / f"seed{seed}"
             cells.append(Cell(len(cells), arm, seed, config, path, before, start))
     return cells
 
@@ -249,6 +259,14 @@ def identity(config: Config) -> str:
     flat = {key: value for key, value in flatten(to_dict(config)).items() if classify(key)[0] != FREE}
     flat["init.from"] = bool(flat.get("init.from"))
     return content_hash(flat)
+
+
+def _folders(arms: Mapping[str, Overrides]) -> dict[str, str]:
+    """A folder for each arm, of its name; numbered where two names would share one."""
+    slugs = {arm: _slug(arm) for arm in arms}
+    if len(set(slugs.values())) < len(slugs):
+        slugs = {arm: f"{i:02d}-{slug}" for i, (arm, slug) in enumerate(slugs.items())}
+    return slugs
 
 
 def _slug(name: str) -> str:

@@ -92,8 +92,8 @@ METHOD = (
     "Not to differ is not to be equal: the interval of the difference says how large a difference these seeds leave "
     "open. 'Seeds needed' is how many pairs would find a difference of the observed size, in its observed scatter, in "
     "80% of experiments at the level that the strictest of Holm's tests "
-    "asks; both are estimates from few seeds. Compute counts one step as traced, without recomputation, and the "
-    "run that an arm starts from."
+    "asks; both are estimates from few seeds. Compute counts one step as traced, without recomputation (of a smaller "
+    "batch its part), and the run that an arm starts from."
 )
 
 
@@ -174,9 +174,9 @@ def budget_table(study: Study) -> tuple[tuple[str, ...], list[tuple]]:
         one = next(iter(runs.values()))
         steps = max((row["step"] for row in one.rows), default=0)
         seconds = [float(s[1][-1]) for r in runs.values() if len((s := r.seconds())[1])]
-        flops = None if one.flops_per_step is None else f"{(one.flops_per_step * steps + one.flops_before) / 1e12:.3f}"
+        flops = None if (spent := one.flops(steps)) is None else f"{float(spent) / 1e12:.3f}"
         mean = f"{sum(seconds) / len(seconds):.1f}" if seconds else ""
-        rows.append((arm, steps, steps * one.tokens_per_step, flops, mean))
+        rows.append((arm, steps, round(float(one.tokens(steps))), flops, mean))
     return ("arm", "steps", "tokens", "TFLOP", "training seconds"), rows
 
 
@@ -291,7 +291,7 @@ def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _positions(runs: Sequence[Result], steps: np.ndarray) -> tuple[np.ndarray | None, ...]:
     """`steps` as steps, millions of tokens, TFLOP and seconds."""
     one = runs[0]
-    flops = None if one.flops_per_step is None else (steps * one.flops_per_step + one.flops_before) / 1e12
+    flops = one.flops(steps)
     timed = [r.seconds() for r in runs if len(r.seconds()[0])]
     seconds = np.mean([np.interp(steps, *t) for t in timed], axis=0) if timed else None
-    return steps, steps * one.tokens_per_step / 1e6, flops, seconds
+    return steps, one.tokens(steps) / 1e6, None if flops is None else flops / 1e12, seconds

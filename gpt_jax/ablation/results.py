@@ -14,10 +14,21 @@ from typing import Any
 import numpy as np
 
 from gpt_jax import statistics
-from gpt_jax.ablation.cells import DONE, FILE, MISMATCHED, Status, check_data, data_hash, final_values, status_of
+from gpt_jax.ablation.cells import (
+    DONE,
+    FILE,
+    MISMATCHED,
+    Status,
+    check_data,
+    data_hash,
+    final_values,
+    order_of,
+    status_of,
+)
 from gpt_jax.ablation.grid import Ablation, Cell
-from gpt_jax.config import resolve
+from gpt_jax.config import Config, resolve
 from gpt_jax.config_changes import FREE, classify, flatten
+from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import read_rows
 from gpt_jax.throughput import model_flops_per_token
@@ -30,8 +41,8 @@ class Result:
     """A finished run of an arm under a seed.
 
     Attributes:
-      values: final ones by metric. rows: of metrics.jsonl. tokens_per_step, flops_per_step: of an update.
-      flops_before: of the run it started from.
+      values: final ones by metric. rows: of metrics.jsonl. tokens_per_step, flops_per_step: of an update on a whole
+        batch. flops_before: of the run it started from. order: which batches are smaller; None: all are alike.
     """
 
     values: Mapping[str, float]
@@ -39,6 +50,24 @@ class Result:
     tokens_per_step: int
     flops_per_step: float | None
     flops_before: float = 0.0
+    order: BatchOrder | None = None
+
+    def tokens(self, steps: Any) -> np.ndarray:
+        """Tokens in the batches of so many steps."""
+        return self._batches(steps) * self.tokens_per_step
+
+    def flops(self, steps: Any) -> np.ndarray | None:
+        """Compute of so many steps and of the run before; a smaller batch costs its part of a whole one."""
+        return None if self.flops_per_step is None else self._batches(steps) * self.flops_per_step + self.flops_before
+
+    def _batches(self, steps: Any) -> np.ndarray:
+        """The whole batches that hold as many rows as those of so many steps (of a part of a step, that part)."""
+        steps, order = np.asarray(steps, float), self.order
+        if order is None:
+            return steps
+        whole = [int(step) for step in steps.ravel()]
+        rows = [order.rows_before(n) + (s - n) * order.rows_of_step(n) for n, s in zip(whole, steps.flat, strict=True)]
+        return np.array(rows, float).reshape(steps.shape) / order.batch_size
 
     def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a column."""
@@ -160,6 +189,7 @@ def collect(ablation: Ablation, cells: Sequence[Cell], title: str) -> tuple[Stud
                 record["tokens_per_step"],
                 record.get("flops_per_step"),
                 record.get("flops_before", 0.0),
+                order_of(cell.config),
             )
         else:
             (mismatched if status.state == MISMATCHED else missing).append((cell.name, status.why))
@@ -180,15 +210,16 @@ def collect(ablation: Ablation, cells: Sequence[Cell], title: str) -> tuple[Stud
 
 
 def compare_runs(paths: Sequence[str], metrics: Sequence[str] = (), title: str = "comparison") -> Study:
-    """A study of runs that were started by hand: arms are what their configs differ in (but for the seed).
+    """A study of runs that were started by hand: arms are what their configs differ in (but for the seed). Those that
+    have not finished are named and left out.
 
     Args:
       paths: run directories, the baseline's first. metrics: () takes all 'valid/...' that every run has.
 
     Raises:
-      UserError: no run there, or two runs of one arm and seed.
+      UserError: no run there, two runs of one arm and seed, or none that has finished.
     """
-    flats, results = [], []
+    flats, results, missing = [], [], []
     for path in map(pathlib.Path, paths):
         try:
             tree = json.loads((path / "config.json").read_text())
@@ -197,15 +228,9 @@ def compare_runs(paths: Sequence[str], metrics: Sequence[str] = (), title: str =
         config = resolve(tree)
         rows = read_rows(path / "metrics.jsonl")
         step = max((row["step"] for row in rows), default=0)
-        values = final_values(path, step)
-        flops, before = None, 0.0
-        if (path / FILE).exists():
-            record = json.loads((path / FILE).read_text())
-            flops, before = record.get("flops_per_step"), record.get("flops_before", 0.0)
-        tokens = config.batch_size * config.context_length
-        if flops is None:
-            flops = tokens * _formula(config)
-        results.append((config.seed, Result(values, rows, tokens, flops, before)))
+        results.append((config.seed, _result(path, config, rows) if step >= config.steps else None))
+        if step < config.steps:
+            missing.append((str(path), f"not finished: step {step} of {config.steps}"))
         flat = {key: value for key, value in flatten(tree).items() if classify(key)[0] != FREE and key != "seed"}
         flats.append(flat | {"data (hash)": data_hash(path)})
     keys = sorted({key for flat in flats for key in flat if any(f.get(key) != flats[0].get(key) for f in flats)})
@@ -219,14 +244,30 @@ def compare_runs(paths: Sequence[str], metrics: Sequence[str] = (), title: str =
         changes[arm] = own
         if seed in arms.setdefault(arm, {}):
             raise UserError(f"--compare: {path} has the config and the seed ({seed}) of another run given.")
-        arms[arm][seed] = result
+        if result is not None:
+            arms[arm][seed] = result
     every = list(itertools.chain.from_iterable(runs.values() for runs in arms.values()))
+    if not every:
+        raise UserError(f"--compare: no run is finished ({'; '.join(f'{name}: {why}' for name, why in missing)}).")
     shared = [n for n in every[0].values if n.startswith("valid/") and all(n in r.values for r in every)]
     chosen = tuple(metrics) or tuple(sorted(shared, key=lambda n: (n != "valid/loss", n)))
-    return Study(title, "How do these runs compare?", arms, next(iter(arms)), chosen, changes=changes)
+    return Study(title, "How do these runs compare?", arms, next(iter(arms)), chosen, missing, changes=changes)
 
 
-def _formula(config: Any) -> float:
+def _result(path: pathlib.Path, config: Config, rows: Sequence[Mapping[str, Any]]) -> Result:
+    """A finished run that was started by hand, or a cell."""
+    values = final_values(path, max(row["step"] for row in rows))
+    flops, before = None, 0.0
+    if (path / FILE).exists():
+        record = json.loads((path / FILE).read_text())
+        flops, before = record.get("flops_per_step"), record.get("flops_before", 0.0)
+    tokens = config.batch_size * config.context_length
+    if flops is None:
+        flops = tokens * _formula(config)
+    return Result(values, rows, tokens, flops, before, order_of(config))
+
+
+def _formula(config: Config) -> float:
     from gpt_jax.model.size import count_parameters
 
     model = config.model

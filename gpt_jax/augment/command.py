@@ -14,13 +14,15 @@ from gpt_jax.augment.base import Filter, Generator, as_rows, augment_task, per_l
 from gpt_jax.augment.controls import EDA, Copy, distributional_neighbours
 from gpt_jax.augment.finetune import RATES, Recipe
 from gpt_jax.augment.report import fidelity, figures, write_report
+from gpt_jax.data.readers import local_path
 from gpt_jax.errors import UserError, choose
 from gpt_jax.files import atomic_write
-from gpt_jax.remote import refuse_url
+from gpt_jax.remote import is_url, refuse_url
 from gpt_jax.tasks import Task, load_task
-from gpt_jax.tasks.base import parse_specs
+from gpt_jax.tasks.base import parse_specs, task_paths
 
 METHODS = ("copy", "eda", "lm", "lm_prefix", "mlm", "mlm_embedded", "text")
+_ROWS = ("augmented.jsonl", "train.jsonl")
 _LEAST = {  # of the flags that count something
     "per_class": 0,
     "count": 1,
@@ -97,6 +99,7 @@ def _examples(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
     task = load_task(specs[0])
     if task.kind != "classify" or not task.labels:
         raise UserError(f"task {task.name} is of kind {task.kind!r}; augment takes 'classify', with labels.")
+    check_replaced(out, task_paths(specs[0], [*task.splits]))
     rng = random.Random(args.seed)
     train = draw(task, single_texts(task), args.per_class, rng)
     generator = make_generator(args, task, train)
@@ -119,8 +122,8 @@ def _examples(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     rows = as_rows(chosen, provenance, train)
     real = [{"label": e.label, "text": e.text, "score": 1.0, "provenance": {"original": e.where}} for e in train]
-    write_rows(out / "augmented.jsonl", rows)
-    write_rows(out / "train.jsonl", [*real, *rows])
+    for name, of in zip(_ROWS, (rows, [*real, *rows]), strict=True):
+        write_rows(out / name, of)
     texts, originals = [e.text for e in chosen], [e.text for e in train]
     measured = {"synthetic": figures(texts, originals), "originals": figures(originals)}
     if args.oracle:
@@ -153,6 +156,34 @@ def _text(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     store = write_corpus(texts, run, out, provenance)
     return {"out": str(out), "store": str(store), "generated": generated, "documents": len(texts), **figures(texts)}
+
+
+def check_replaced(out: pathlib.Path, read: Sequence[str]) -> None:
+    """Raises UserError where a file that is to be written is one that the task is read from, or rows of another origin.
+
+    Args:
+      read: paths of the task's files.
+    """
+    own = [local_path(path) for path in read if not is_url(path)]
+    for path in (out / name for name in (*_ROWS, "report.md")):
+        if path.exists() and any(file.exists() and path.samefile(file) for file in own):
+            raise UserError(f"--out {str(out)!r} would replace {path.name}, which the task is read from; give another.")
+    for path in (out / name for name in _ROWS):
+        if path.exists() and not _made_here(path):
+            raise UserError(
+                f"--out {str(out)!r} holds a {path.name} that augment did not write (its rows have no 'provenance'); "
+                "give another folder."
+            )
+
+
+def _made_here(path: pathlib.Path) -> bool:
+    """Whether augment wrote a file of rows: the first one tells."""
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        first = stream.readline()
+    try:
+        return not first or "provenance" in json.loads(first)
+    except (TypeError, ValueError):
+        return False
 
 
 def single_texts(task: Task) -> list[Any]:

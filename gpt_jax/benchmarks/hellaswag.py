@@ -13,7 +13,7 @@ def hellaswag(path: str = f"{DATA}/hellaswag_val_sample.jsonl.xz") -> Benchmark:
     def items() -> list[Item]:
         found = []
         for row in read_rows(path, ctx=str, endings=list, label=(int, str)):
-            label = int(row["label"]) if str(row["label"]).isdigit() else -1
+            label = int(row["label"]) if str(row["label"]).isdecimal() else -1
             if not 0 <= label < len(row["endings"]) or not all(isinstance(e, str) for e in row["endings"]):
                 raise UserError(f"{row['where']}: label {row['label']!r} is no index of its endings.")
             activity = row.get("activity_label")

@@ -74,6 +74,12 @@ class BatchOrder:
             start = until
         return total + max(0, index - start) * self.batch_size
 
+    def rows_before(self, step: int) -> int:
+        """Returns the number of rows in the batches of all steps before a step."""
+        index = self.batch_index(step)
+        skipped = (self.first_row(min(b, index)) - self.first_row(min(a, index)) for a, b in self.skipped)
+        return self.first_row(index) - sum(skipped)
+
     def rows(self, step: int, rows: slice) -> np.ndarray:
         """Returns the numbers of rows [rows.start, rows.stop) of the batch of a step, int64."""
         index = self.batch_index(step)

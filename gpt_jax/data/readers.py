@@ -283,7 +283,7 @@ def _read_csv(path: pathlib.Path, stream, text_key: str) -> Iterator[Document]:
     # A .tsv has no quoting: a quotation mark in it is text.
     dialect = {"delimiter": ","} if comma else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     rows = csv.reader(lines, strict=True, **dialect)
-    column = int(text_key) if text_key.isdigit() else None
+    column = int(text_key) if text_key.isdecimal() else None
     try:
         for row in rows:
             if not row:

@@ -14,7 +14,7 @@ _FEWEST = 2
 
 def held_out(text: str, fraction: float) -> bool:
     """Tells whether a document belongs to the validation split: by its own hash, so that equal texts stay together."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 

@@ -16,11 +16,12 @@ from gpt_jax.inspect import compare, forward, heads
 from gpt_jax.inspect.page import finite, inspection_page
 from gpt_jax.inspect.probes import probe_task
 from gpt_jax.loading import Loaded, load
-from gpt_jax.objectives.base import objective_class
+from gpt_jax.objectives.base import Objective
 from gpt_jax.remote import refuse_url
 from gpt_jax.tasks import load_task
 
 _SCORES = ("induction", "previous", "duplicate")
+_OF_NEXT_TOKENS = ("position", "clean", "corrupt", "answers", "other")  # flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         raise UserError("activation patching needs both --clean and --corrupt.")
     if args.tokens < 2 or args.texts < 1:
         raise UserError(f"--tokens is {args.tokens} and --texts {args.texts}; at least 2 tokens and 1 text are needed.")
+    if args.position < -1:
+        raise UserError(f"--position is {args.position}; it is a token's number, from 0, or -1 for the last.")
     refuse_url(args.out, "--out", "write to a folder, then copy it to the bucket")
     if not args.out:
         refuse_url(args.workdir, "--workdir", "say with --out where pages and figures go")
@@ -85,7 +88,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
 
 def _probe(run: Loaded, name: str) -> dict[str, Any]:
-    subject = forward.subject_of(run.model, run.params, objective_class(run.config.objective["name"]).generates)
+    subject = forward.subject_of(run.model, run.params, sees_left_only(run.objective))
     return probe_task(subject, run.tokenizer, load_task(name), longest=min(128, run.config.context_length))
 
 
@@ -97,10 +100,20 @@ def _probe_lines(name: str, probed: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sees_left_only(objective: Objective) -> bool:
+    """Whether an objective trains its model under the causal mask; one made of several, whether any of them does."""
+    if children := getattr(objective, "children", {}):
+        return any(sees_left_only(child) for child in children.values())
+    return getattr(objective, "mask", "causal" if objective.generates else "bidirectional") != "bidirectional"
+
+
 def inspect_run(run: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command measures, by name."""
-    causal = objective_class(run.config.objective["name"]).generates
-    subject = forward.subject_of(run.model, run.params, causal)
+    objective, name = run.objective, run.config.objective["name"]
+    for flag in () if objective.generates else _OF_NEXT_TOKENS:
+        if (value := getattr(args, flag)) not in ("", [], -1):
+            raise UserError(f"--{flag} is {value!r}, but the objective {name!r} of the run predicts no next token.")
+    subject = forward.subject_of(run.model, run.params, sees_left_only(objective))
     room = run.config.model.max_positions if run.config.model.positions == "learned" else 1 << 30
     texts = _texts(run, args, min(room, max(args.tokens, min(run.config.context_length, 128))))
     text = texts[0][: min(args.tokens, room)]
@@ -111,7 +124,7 @@ def inspect_run(run: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         "attention": np.round(attention, 4),
         "lens": _named(run, forward.logit_lens(subject, text)),
     }
-    if causal:
+    if objective.generates:
         numbers |= _of_a_language_model(run, subject, args, texts, text)
     return numbers
 
@@ -120,6 +133,9 @@ def _of_a_language_model(
     run: Loaded, subject: forward.Subject, args: argparse.Namespace, texts: Sequence[np.ndarray], text: np.ndarray
 ) -> dict[str, Any]:
     # First what may turn out to be a mistake: the rest takes longer.
+    position = args.position if args.position >= 0 else len(text) - 1
+    if position >= len(text):
+        raise UserError(f"--position is {args.position}; the text shown has tokens 0 to {len(text) - 1}.")
     compared: dict[str, Any] = {}
     if args.clean:
         compared["patching"] = _patching(run, subject, args)
@@ -130,9 +146,6 @@ def _of_a_language_model(
     specials = tuple(run.tokenizer.specials.values())
     patterns = heads.head_patterns(subject, seed=args.seed, avoid=specials)
     losses = np.asarray(forward.token_losses(subject(text[None]).logits, text[None])[0])
-    position = args.position if args.position >= 0 else len(text) - 1
-    if position >= len(text):
-        raise UserError(f"--position is {args.position}; the text shown has tokens 0 to {len(text) - 1}.")
     likeliest = int(np.argmax(np.asarray(subject(text[None]).logits[0, position])))
     part = forward.attribute_logit(subject, text, position, likeliest)
     late = len(losses) // 2
@@ -156,6 +169,9 @@ def _difference(run: Loaded, subject: forward.Subject, args: argparse.Namespace,
     other = load(args.other, step=args.other_step, weights=args.weights)
     if other.tokenizer.hash != run.tokenizer.hash:
         raise UserError(f"--other {args.other!r} has another tokenizer than {args.workdir!r}: tokens do not compare.")
+    if not other.objective.generates:
+        name = other.config.objective["name"]
+        raise UserError(f"--other {args.other!r} has the objective {name!r}, which predicts no next token.")
     theirs = forward.subject_of(other.model, other.params)
     name = f"{args.other.rstrip('/')}, step {other.step}"
     return {**compare.loss_difference(subject, theirs, text), "name": name}
@@ -275,7 +291,7 @@ def _best(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lines(numbers: Mapping[str, Any]) -> str:
     if "patterns" not in numbers:
-        return "the objective sees both sides: attention and lens only"
+        return "the objective predicts no next token: attention and lens only"
     names = (*_SCORES, "reach", "importance", "zero_ablation", "mean_ablation")
     rows = ["head   " + "  ".join(name.rjust(13) for name in names)]
     tables = [numbers["patterns"][n] if n in _SCORES else numbers[n] for n in names]

@@ -54,7 +54,8 @@ class Objective(abc.ABC):
       frozen: regexes over parameter names ("reference/.*") that get no gradient, moments, decay or average.
       batch_terms: terms that are not sums over rows (expert balance, in-batch contrast): averaged over micro-batches,
         and exempt from the promise that micro-batches do not change the loss.
-      generates: whether what it trains continues a text, so that samples of a run say something.
+      generates: whether what it trains continues a text, so that samples of a run say something. It may depend
+        on the options: ask the objective, not its class.
       copies: {root: another}: roots that begin as the other's weights ("reference": "model"), those of `init.from` too.
     """
 
@@ -62,7 +63,7 @@ class Objective(abc.ABC):
     frozen: Sequence[str] = ()
     copies: Mapping[str, str] = MappingProxyType({})
     batch_terms: ClassVar[frozenset[str]] = frozenset()
-    generates: ClassVar[bool] = True
+    generates: bool = True
 
     @abc.abstractmethod
     def init(self, key: Array, batch: Batch) -> Params:

@@ -103,6 +103,10 @@ class Classify(Objective):
         return cls(model=Transformer(setting.model), tasks=setting.tasks, **check_options(cls, options))
 
     @property
+    def generates(self) -> bool:
+        return bool(self.coefs.get("lm"))
+
+    @property
     def num_labels(self) -> int:
         return sum(len(task.labels) for task in self.tasks)
 

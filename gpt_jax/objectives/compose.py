@@ -44,6 +44,10 @@ class _Composition(Objective):
         return next((child.model for child in self.children.values() if hasattr(child, "model")), None)
 
     @property
+    def generates(self) -> bool:
+        return any(child.generates for child in self.children.values())
+
+    @property
     def coefs(self) -> dict[str, Any]:
         out = {}
         for name, child in self.children.items():

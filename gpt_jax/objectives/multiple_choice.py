@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,8 @@ class MultipleChoice(Objective):
     Attributes:
       mask: what the tokens see.
     """
+
+    generates: ClassVar[bool] = False
 
     model: Transformer
     coefs: Mapping[str, Any] = option({"multiple_choice": 1.0}, "weight of the term 'multiple_choice'")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +166,8 @@ class SpanQA(Objective):
     Attributes:
       mask: what the tokens see.
     """
+
+    generates: ClassVar[bool] = False
 
     model: Transformer
     coefs: Mapping[str, Any] = option({"span_qa": 1.0}, "weight of the term 'span_qa'")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,8 @@ class Tag(Objective):
     Attributes:
       tasks: of the run. mask: what the tokens see.
     """
+
+    generates: ClassVar[bool] = False
 
     model: Transformer
     tasks: tuple[TaskInfo, ...] = ()

@@ -292,7 +292,7 @@ def _expand_shorthand(name: str, given: dict[str, Any]) -> tuple[str, dict[str, 
     head, _, value = name.partition(":")
     if head not in SHORTHAND or not value:
         return name, given
-    if not value.isdigit():
+    if not value.isdecimal():
         raise UserError(f"task {name!r}: {value!r} is no number; {head}:3, for example, is meant.")
     return head, {SHORTHAND[head]: int(value), **given}
 

@@ -165,7 +165,7 @@ def multiple_choice(
         texts, right = row[choices], row[answer]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise BadRow(f"column {choices!r} is no list of texts")
-        if isinstance(right, bool) or not str(right).isdigit():
+        if isinstance(right, bool) or not str(right).isdecimal():
             raise BadRow(f"column {answer!r} is {right!r}; the number of a choice, from 0, is needed")
         return MultipleChoice(row.fill(prompt), tuple(texts), int(right), where=row.where)
 

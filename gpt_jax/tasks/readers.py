@@ -250,7 +250,7 @@ def read_babi(archive: pathlib.Path, task: str, split: str) -> Iterator[Row | Ma
     for line_number, line in enumerate(data.decode("utf-8").splitlines(), 1):
         where = f"{name}:{line_number}"
         index, _, text = line.strip().partition(" ")
-        if not index.isdigit():
+        if not index.isdecimal():
             yield Malformed(where, f"no number before the text {line.strip()[:60]!r}")
             continue
         if index == "1":
