@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import pathlib
 import re
 import time
 from collections.abc import Iterator
@@ -19,12 +20,15 @@ from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import Config
 from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.prepare import tasks_of
+from gpt_jax.data.readers import expand_variables
+from gpt_jax.data.tokenizer_choice import existing_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.flops import count_flops
 from gpt_jax.hlo import Collective, read_program
 from gpt_jax.objectives.base import Host, Setting, build_objective, rows_of
 from gpt_jax.presets import GPT2_VOCAB
-from gpt_jax.run import check_rows, fill_in, make_step, mesh_of
+from gpt_jax.remote import is_url
+from gpt_jax.run import check_rows, fill_in, following_init, make_step, mesh_of
 from gpt_jax.sharding import path_name, replicated_bytes
 from gpt_jax.step import TrainStep
 from gpt_jax.throughput import model_flops_per_token
@@ -93,6 +97,7 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
         micro=config.batch_size // config.microbatches,
     )
     order = BatchOrder(config.batch_size, schedule, config.data.skip)
+    config = following_init(config, lambda line: None)
     config = fill_in(config, vocabulary_of(config))
     if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):
         _check_cudnn(config, machine.chip.name)
@@ -137,9 +142,12 @@ def vocabulary_of(config: Config) -> int:
         return config.model.vocab_size
     if tokenizer.keep:
         return tokenizer.keep + len(tokenizer.specials)
+    path = tokenizer.path
+    if path and (is_url(path) or pathlib.Path(expand_variables(path)).exists()):
+        return existing_tokenizer(tokenizer).vocab_size
     if tokenizer.kind == "gpt2":
         return GPT2_VOCAB + len([name for name in tokenizer.specials if name != "eot"])
-    if tokenizer.kind in ("unigram", "bpe") and not tokenizer.path:
+    if tokenizer.kind in ("unigram", "bpe") and not path:
         return tokenizer.vocab_size
     if tokenizer.kind == "byte":
         return 256 + len(tokenizer.specials)

@@ -15,10 +15,12 @@ from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import load
 from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.ramp import rows_before
+from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import Collective
 from gpt_jax.model.size import count_parameters
 from gpt_jax.plan import _guess, largest, mfu_bound, roofline, summary
+from gpt_jax.preflight import state_bytes
 from gpt_jax.presets import GPT3
 from gpt_jax.topologies import CHIPS, simulated
 
@@ -120,6 +122,22 @@ def test_the_batches_of_gpt3_grow_as_published_and_hold_its_tokens():
 )
 def test_the_vocabulary_is_known_before_the_tokenizer(overrides, size):
     assert vocabulary_of(load("quickstart", overrides)) == size
+
+
+def test_a_run_from_anothers_weights_is_planned_with_its_model_and_tokenizer(tmp_path):
+    tokenizer = ByteTokenizer(("eot", "mask", "sep", "cls"))
+    tokenizer.save(tmp_path / "tokenizer")
+    theirs = {"num_layers": 3, "d_model": 48, "num_heads": 3, "vocab_size": 260, "max_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model": theirs}))
+    given = {"init.from": str(tmp_path), "context_length": "64", "model.num_layers": "1", "model.d_model": "32"}
+    config, step = abstract_step(load("quickstart", given), simulated(1))
+    model = config.model
+    assert (model.num_layers, model.d_model, model.vocab_size, model.max_positions) == (3, 48, 260, 64)
+    assert count_params(step, config) == count_parameters(model)
+    own = load("quickstart", given | {"init.model": "False"})
+    config, _ = abstract_step(own, simulated(1))  # their tokenizer all the same
+    assert (config.model.num_layers, config.model.d_model, config.model.vocab_size) == (1, 32, 260)
+    assert state_bytes(load("quickstart", given)) == count_parameters(model) * 16 // jax.device_count()
 
 
 @pytest.mark.parametrize(
