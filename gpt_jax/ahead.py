@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import pathlib
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,8 +19,7 @@ import jax
 from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import Config
 from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
-from gpt_jax.data.prepare import tasks_of
-from gpt_jax.data.readers import expand_variables
+from gpt_jax.data.prepare import spec_of, tasks_of
 from gpt_jax.data.tokenizer_choice import existing_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.flops import count_flops
@@ -116,9 +115,15 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     )
     objective = build_objective(config.objective, setting)
     spec = objective.batch_spec(config.batch_size, config.context_length)
-    if config.data.doc_mask and "tokens" in spec:
-        spec = spec | {name: spec["tokens"] for name in ("segment_ids", "positions")}
+    spec = trained_on(spec, spec_of(config.data, rows, config.batch_size, config.context_length))
     return config, make_step(config, objective, spec, mesh, order)
+
+
+def trained_on(wanted: Any, delivered: Any) -> Any:
+    """A batch of the step: what the data delivers, but where rollouts are made of it, what the objective wants."""
+    if any(isinstance(part, Mapping) for part in delivered.values()):
+        return {name: trained_on(wanted[name], part) for name, part in delivered.items()}
+    return delivered if wanted.keys() <= delivered.keys() else wanted
 
 
 def _check_cudnn(config: Config, chip: str) -> None:
@@ -143,7 +148,7 @@ def vocabulary_of(config: Config) -> int:
     if tokenizer.keep:
         return tokenizer.keep + len(tokenizer.specials)
     path = tokenizer.path
-    if path and (is_url(path) or pathlib.Path(expand_variables(path)).exists()):
+    if path and (is_url(path) or os.path.exists(os.path.expandvars(path))):
         return existing_tokenizer(tokenizer).vocab_size
     if tokenizer.kind == "gpt2":
         return GPT2_VOCAB + len([name for name in tokenizer.specials if name != "eot"])
