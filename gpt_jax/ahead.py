@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,13 +19,15 @@ import jax
 from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import Config
 from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
-from gpt_jax.data.prepare import tasks_of
+from gpt_jax.data.prepare import spec_of, tasks_of
+from gpt_jax.data.tokenizer_choice import existing_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.flops import count_flops
 from gpt_jax.hlo import Collective, read_program
 from gpt_jax.objectives.base import Host, Setting, build_objective, rows_of
 from gpt_jax.presets import GPT2_VOCAB
-from gpt_jax.run import check_rows, fill_in, make_step, mesh_of
+from gpt_jax.remote import is_url
+from gpt_jax.run import check_rows, fill_in, following_init, make_step, mesh_of
 from gpt_jax.sharding import path_name, replicated_bytes
 from gpt_jax.step import TrainStep
 from gpt_jax.throughput import model_flops_per_token
@@ -93,6 +96,7 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
         micro=config.batch_size // config.microbatches,
     )
     order = BatchOrder(config.batch_size, schedule, config.data.skip)
+    config = following_init(config, lambda line: None)
     config = fill_in(config, vocabulary_of(config))
     if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):
         _check_cudnn(config, machine.chip.name)
@@ -111,9 +115,15 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     )
     objective = build_objective(config.objective, setting)
     spec = objective.batch_spec(config.batch_size, config.context_length)
-    if config.data.doc_mask and "tokens" in spec:
-        spec = spec | {name: spec["tokens"] for name in ("segment_ids", "positions")}
+    spec = trained_on(spec, spec_of(config.data, rows, config.batch_size, config.context_length))
     return config, make_step(config, objective, spec, mesh, order)
+
+
+def trained_on(wanted: Any, delivered: Any) -> Any:
+    """A batch of the step: what the data delivers, but where rollouts are made of it, what the objective wants."""
+    if any(isinstance(part, Mapping) for part in delivered.values()):
+        return {name: trained_on(wanted[name], part) for name, part in delivered.items()}
+    return delivered if wanted.keys() <= delivered.keys() else wanted
 
 
 def _check_cudnn(config: Config, chip: str) -> None:
@@ -137,9 +147,12 @@ def vocabulary_of(config: Config) -> int:
         return config.model.vocab_size
     if tokenizer.keep:
         return tokenizer.keep + len(tokenizer.specials)
+    path = tokenizer.path
+    if path and (is_url(path) or os.path.exists(os.path.expandvars(path))):
+        return existing_tokenizer(tokenizer).vocab_size
     if tokenizer.kind == "gpt2":
         return GPT2_VOCAB + len([name for name in tokenizer.specials if name != "eot"])
-    if tokenizer.kind in ("unigram", "bpe") and not tokenizer.path:
+    if tokenizer.kind in ("unigram", "bpe") and not path:
         return tokenizer.vocab_size
     if tokenizer.kind == "byte":
         return 256 + len(tokenizer.specials)

@@ -124,8 +124,11 @@ def _explicit(environ: Mapping[str, str]) -> Place | None:
     processes, index = _number(given, NUM_PROCESSES, least=1), _number(given, PROCESS_ID, least=0)
     if index >= processes:
         raise UserError(f"{PROCESS_ID} is {index}; of {processes} processes the last is {processes - 1}.")
-    if not re.fullmatch(r".+:\d+", given[COORDINATOR]):
-        raise UserError(f"{COORDINATOR} is {given[COORDINATOR]!r}; it is HOST:PORT of process 0.")
+    found = re.fullmatch(r".+:(\d{1,5})", given[COORDINATOR])
+    if not found or not 1 <= int(found[1]) <= 65535:
+        raise UserError(
+            f"{COORDINATOR} is {given[COORDINATOR]!r}; it is HOST:PORT of process 0, a port from 1 to 65535."
+        )
     return Place(given[COORDINATOR], processes, index, NUM_PROCESSES)
 
 

@@ -49,6 +49,8 @@ class Job:
         self.children: list[subprocess.Popen] = []
         self._readers: list[threading.Thread] = []
         self._ended: set[int] = set()
+        self._asked: float | None = None  # when they were asked to save
+        self._told: set[int] = set()  # those that have ended since, and whose own processes were asked
         address = f"127.0.0.1:{free_port()}"
         for k in range(processes):
             own = dict(environ)
@@ -57,6 +59,14 @@ class Job:
             self._start(k, own)
 
     def _start(self, k: int, environ: Mapping[str, str]) -> None:
+        log = None
+        if self.logs is not None:
+            try:
+                self.logs.mkdir(parents=True, exist_ok=True)
+                log = open(self.logs / f"process_{log_name(environ, k)}.log", "ab")
+            except OSError as error:
+                self.end()
+                raise UserError(f"--logs is {str(self.logs)!r}, which cannot be written: {error.strerror}.") from None
         try:
             child = subprocess.Popen(
                 self.command,
@@ -70,10 +80,6 @@ class Job:
             self.end()
             raise UserError(f"cannot start {self.command[0]!r}: {error.strerror}.") from None
         self.children.append(child)
-        log = None
-        if self.logs is not None:
-            self.logs.mkdir(parents=True, exist_ok=True)
-            log = open(self.logs / f"process_{log_name(environ, k)}.log", "ab")
         for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
             shown = target if k == 0 or log is None else None
             mark = f"[{k}] " if k else ""
@@ -85,32 +91,60 @@ class Job:
         """Returns (process, exit code) of those that have ended since the last call."""
         out = []
         for k, child in enumerate(self.children):
-            if k not in self._ended and child.poll() is not None:
+            if k not in self._ended and self._is_over(child):
                 self._ended.add(k)
+                signal_group(child.pid, signal.SIGKILL)  # what it leaves would run beside the next attempt
                 out.append((k, child.returncode))
         return out
 
     @property
     def running(self) -> int:
-        return sum(child.poll() is None for child in self.children)
+        return sum(k not in self._ended and not self._is_over(child) for k, child in enumerate(self.children))
 
-    def signal(self, number: int) -> None:
+    def _is_over(self, child: subprocess.Popen) -> bool:
+        """Whether a process has ended and, when asked to save, also what it has started: a shell does not wait."""
+        if child.poll() is None:
+            return False
+        if self._asked is None or time.monotonic() > self._asked + _GRACE:
+            return True
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-child.pid, os.WNOHANG)  # in a container orphans may be this process's own
+        number = 0 if child.pid in self._told else signal.SIGTERM  # once
+        self._told.add(child.pid)
+        return not signal_group(child.pid, number)
+
+    def ask(self) -> None:
+        """Asks the processes to save and end."""
+        self._asked = time.monotonic()
         for child in self.children:
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(number)
+            child.terminate()
+
+    def kill(self) -> None:
+        """Kills what still runs, and what that has started: each process leads a group of its own."""
+        for k, child in enumerate(self.children):
+            if k not in self._ended:
+                signal_group(child.pid, signal.SIGKILL)
 
     def end(self) -> int:
         """Kills what still runs (what a lost process leaves cannot finish anything); returns how many that were."""
         running = self.running
-        for child in self.children:
-            if child.poll() is None:
-                child.kill()
+        self.kill()
+        self._ended |= set(range(len(self.children)))
         for child in self.children:
             child.wait()
         end = time.monotonic() + _LAST_WORDS
         for reader in self._readers:
             reader.join(max(0.0, end - time.monotonic()))
         return running
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Signals all processes of a group; returns whether there are any."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # macOS: none but ended ones
+        return False
+    return True
 
 
 def pass_on(source: IO[bytes], target: IO[str] | None, log: IO[bytes] | None, mark: str) -> None:
@@ -239,7 +273,7 @@ def launch(
     def stop(number: int, frame: object) -> None:
         stopping.set()
         if job is not None:
-            job.signal(signal.SIGKILL if number == signal.SIGQUIT else signal.SIGTERM)
+            job.kill() if number == signal.SIGQUIT else job.ask()
 
     main_thread = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if main_thread else ()
@@ -248,7 +282,7 @@ def launch(
         for left in range(restarts, -1, -1):
             job = Job(command, processes, dict(os.environ if environ is None else environ), logs and pathlib.Path(logs))
             if stopping.is_set():
-                job.signal(signal.SIGTERM)  # asked while it was being started
+                job.ask()  # asked while it was being started
             code = watch(job)
             if code != RETRY or stopping.is_set() or not left:
                 return code

@@ -171,8 +171,9 @@ def state_bytes(config: Any) -> int:
 
     from gpt_jax.ahead import vocabulary_of
     from gpt_jax.model.size import count_parameters
-    from gpt_jax.run import fill_in, mesh_of
+    from gpt_jax.run import fill_in, following_init, mesh_of
 
+    config = following_init(config, lambda line: None)
     try:
         mesh, vocabulary = mesh_of(config).shape, vocabulary_of(config)
     except UserError:  # a mesh that cannot be is told by the collectives; some vocabularies are made with the tokenizer

@@ -112,14 +112,21 @@ def _lay_out(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
 
 
 def check_rules(rules: Any) -> None:
-    """Raises UserError for rules of `mesh.rules` that are no pairs or name a logical or mesh axis that there is not."""
+    """Raises UserError for rules of `mesh.rules` that are no pairs, name a logical or mesh axis that there is not, or
+    name more mesh axes than can be."""
     for rule in rules:
         if not isinstance(rule, (tuple, list)) or len(rule) != 2:
             raise UserError(f"mesh.rules has {rule!r}; a rule is a pair (logical axis, mesh axis), e.g. ('mlp', None).")
         axis, target = rule
         choose("a logical axis of mesh.rules", axis, dict.fromkeys(name for name, _ in DEFAULT_RULES))
-        for name in target if isinstance(target, (tuple, list)) else () if target is None else (target,):
+        several = isinstance(target, (tuple, list))
+        names = target if several else () if target is None else (target,)
+        for name in names:
             choose(f"the mesh axis of {axis!r} in mesh.rules", name, AXES)
+        if len(set(names)) < len(names):
+            raise UserError(f"mesh.rules has {rule!r}, which names a mesh axis twice.")
+        if several and axis == "sequence":
+            raise UserError(f"mesh.rules has {rule!r}; 'sequence' takes one mesh axis or None.")
 
 
 def spec_for(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules, name: str) -> PartitionSpec:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
-# Published dense bf16 peaks, FLOP/s of one jax device (a chip), by a part of its `device_kind`; the first match counts.
+# Published dense bf16 peaks, FLOP/s of one jax device (a chip), by words of its `device_kind`; the first match counts.
 # TPU: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e). GPU: NVIDIA's data sheets, without sparsity.
 _PEAKS = (
     ("TPU v4 lite", None),
@@ -27,6 +28,7 @@ _PEAKS = (
     ("H100", 989e12),
     ("H200 NVL", 835e12),
     ("H200", 989e12),
+    ("GH200", 989e12),
 )
 
 
@@ -42,7 +44,7 @@ def model_flops_per_token(num_params: int, num_layers: int, d_model: int, contex
 
 def peak_flops(device_kind: str) -> float | None:
     """Returns the published bf16 peak of an accelerator in FLOP/s per device; None where it is not known."""
-    return next((peak for name, peak in _PEAKS if name in device_kind), None)
+    return next((peak for name, peak in _PEAKS if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 def measure_cpu_peak(size: int = 2048, repeats: int = 5) -> float:

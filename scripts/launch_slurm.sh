@@ -47,19 +47,41 @@ if [ -n "$changed" ]; then
 fi
 code="$here/runs/code/$commit"
 
+# Whether a path or glob names something here that is not in the commit.
+is_beside() {
+  local found file
+  if [ -e "$1" ]; then found="$1"; else found="$(compgen -G "$1")" || return 1; fi
+  while IFS= read -r file; do
+    git cat-file -e "$commit:$file" 2>/dev/null || return 0
+  done <<<"$found"
+  return 1
+}
+
+# Paths and globs separated by commas, those beside the commit's files told from the root.
+from_root() {
+  local rest="$1," part path made=""
+  while [ -n "$rest" ]; do
+    part="${rest%%,*}" rest="${rest#*,}"
+    path="${part#"${part%%[![:space:]]*}"}"
+    case "$path" in
+      "" | /* | -* | *://*) ;;
+      *) if is_beside "$path"; then part="${part%"$path"}$here/$path"; fi ;;
+    esac
+    made+="$part,"
+  done
+  printf '%s' "${made%,}"
+}
+
 # The words of the command; what they name beside the commit's files is told from the root.
+shopt -s globstar
 command="" before=""
 for word in "$@"; do
   flag="$before" value="$word"
   if [[ "$word" == --*=* ]]; then flag="${word%%=*}" value="${word#*=}"; fi
-  case "$value" in
-    "" | /* | -* | *://*) ;;
-    *)
-      if [ "$flag" = --workdir ] ||
-        { [[ "$flag" == --* ]] && [ -e "$value" ] && ! git cat-file -e "$commit:$value" 2>/dev/null; }; then
-        word="${word%"$value"}$here/$value"
-      fi
-      ;;
+  case "$flag:$value" in
+    --workdir: | --workdir:/* | --workdir:-* | --workdir:*://*) ;;
+    --workdir:*) word="${word%"$value"}$here/$value" ;;
+    --*) word="${word%"$value"}$(from_root "$value")" ;;
   esac
   before="$word"
   printf -v command '%s%q ' "$command" "$word"

@@ -96,6 +96,11 @@ def test_a_cloud_tpu_asks_its_metadata(hosts):
         (LAUNCHED | {"GPT_JAX_PROCESS_ID": "4"}, "GPT_JAX_PROCESS_ID is 4; of 4 processes the last is 3"),
         (LAUNCHED | {"GPT_JAX_NUM_PROCESSES": "four"}, "GPT_JAX_NUM_PROCESSES is 'four'; it is a whole number from 1"),
         (LAUNCHED | {"GPT_JAX_COORDINATOR": "host"}, "GPT_JAX_COORDINATOR is 'host'; it is HOST:PORT"),
+        (
+            LAUNCHED | {"GPT_JAX_COORDINATOR": "host:0"},
+            "'host:0'; it is HOST:PORT of process 0, a port from 1 to 65535",
+        ),
+        (LAUNCHED | {"GPT_JAX_COORDINATOR": "host:65536"}, "GPT_JAX_COORDINATOR is 'host:65536'; it is HOST:PORT"),
         (SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID is 'x'"),
     ],
 )

@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -126,6 +128,55 @@ def test_sigterm_goes_to_the_processes_and_no_restart_follows(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 75
     assert [(tmp_path / k).read_text() for k in "01"] == ["x", "x"]
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended and nobody has waited for does not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+def test_what_a_process_has_started_ends_with_the_job(tmp_path):
+    """Of the lost process as well as of the one that is ended with it: else it runs beside the next attempt."""
+    script = f"sleep 600 & echo $! > {tmp_path}/$GPT_JAX_PROCESS_ID; while [ ! -s {tmp_path}/0 -o ! -s {tmp_path}/1 ]; "
+    script += "do sleep 0.05; done; if [ $GPT_JAX_PROCESS_ID = 0 ]; then kill -9 $$; fi; wait"
+    assert launch(["bash", "-c", script], processes=2) == 75
+    end = time.monotonic() + 5
+    while any(is_alive((tmp_path / k).read_text().strip()) for k in "01"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_what_a_shell_has_started_is_told_once_to_save_and_has_time_to(tmp_path):
+    """A shell ends at once when it is told, and what it waited for would not hear of it."""
+    child = f"import pathlib, signal, sys, time; here = pathlib.Path({str(tmp_path)!r}); told = []\n"
+    child += "signal.signal(signal.SIGTERM, lambda *_: told.append(1)); (here / 'up').touch()\n"
+    child += "while not told: time.sleep(0.01)\n"
+    child += "time.sleep(0.5); (here / 'saved').write_text(str(len(told)))"
+    script = f"{shlex.quote(sys.executable)} -c {shlex.quote(child)}; true"
+    process = subprocess.Popen([sys.executable, "-m", "gpt_jax.launch", "--restarts=3", "--", "bash", "-c", script])
+    while not (tmp_path / "up").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "saved").read_text() == "1"
+
+
+def test_a_log_that_cannot_be_written_leaves_nothing_running(tmp_path, capfd):
+    (tmp_path / "file").touch()
+    logs = tmp_path / "logs" / "process_1.log"
+    logs.mkdir(parents=True)  # only the second process finds its file in the way
+    script = f"touch {tmp_path}/started; sleep 600"
+    began = time.monotonic()
+    for folder, strerror in ((tmp_path / "file", "File exists"), (logs.parent, "Is a directory")):
+        assert main(["--processes=2", f"--logs={folder}", "--", "bash", "-c", script]) == 1
+        said = f"gpt_jax.launch: --logs is {str(folder)!r}, which cannot be written: {strerror}.\n"
+        assert capfd.readouterr().err == said
+    assert time.monotonic() - began < 30
 
 
 def started(tmp_path, at_sigterm):

@@ -283,6 +283,29 @@ def test_a_job_of_slurm_runs_in_the_copy_of_the_commit_and_finds_what_is_beside_
     assert command[3:] == ["gpt-jax", "data", *beside, "--b", f"{checkout}/data", "--c=scripts", *kept]
 
 
+def test_globs_and_lists_of_files_beside_the_commit_are_told_from_the_root_too(checkout):
+    (checkout / "data/deep/er").mkdir(parents=True)
+    for name in ("data/one.txt", "data/two.txt", "data/deep/er/three.txt", "scripts/own.sh"):
+        (checkout / name).write_text("x")
+    here = f"{checkout}/data"
+    given = {
+        "data/*.txt": "data/*.txt",  # of no flag
+        "--a=data/*.txt": f"--a={here}/*.txt",
+        "--b=data/**/three.txt": f"--b={here}/**/three.txt",
+        "--c=data/one.txt,data/t?o.txt": f"--c={here}/one.txt,{here}/t?o.txt",
+        "--d=data/one.txt, gs://b/data/*.txt,/data/one.txt, data/two.txt,": f"--d={here}/one.txt, gs://b/data/*.txt,"
+        f"/data/one.txt, {here}/two.txt,",
+        "--e=scripts/*.sh,setup.cfg": f"--e={checkout}/scripts/*.sh,setup.cfg",  # one is not the commit's
+        "--f=scripts/*.py,set*.cfg": "--f=scripts/*.py,set*.cfg",
+        "--g=data/*.jsonl,a b,('data/one.txt','x')": "--g=data/*.jsonl,a b,('data/one.txt','x')",
+        "--workdir=a,b": f"--workdir={checkout}/a,b",
+    }
+    done = run(["bash", checkout / "scripts/launch_slurm.sh", "--dry-run", "--", "gpt-jax", *given])
+    assert done.returncode == 0 and not done.stderr
+    command = shlex.split(next(line for line in done.stdout.splitlines() if "_slurm_task.sh" in line))
+    assert command[4:] == list(given.values())
+
+
 def test_slurm_queues_a_lost_job_again_and_never_a_mistake(checkout, tmp_path):
     assert in_slurm(checkout, tmp_path, "0 0") == (0, "")
     assert "--kill-on-bad-exit=1" in (tmp_path / "saw").read_text()

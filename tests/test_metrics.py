@@ -282,7 +282,8 @@ def test_clock_measures_steps_without_pauses():
 
 def test_mfu_is_left_out_where_the_peak_is_not_known():
     assert "perf/mfu" not in Clock(1.0, None).tick(1, 10)
-    assert peak_flops("TPU v99") is None and peak_flops("NVIDIA GeForce RTX 3090") is None
+    others = ("TPU v99", "NVIDIA GeForce RTX 3090", "NVIDIA RTX A1000", "NVIDIA GH2000")
+    assert [peak_flops(kind) for kind in others] == [None] * 4
 
 
 @pytest.mark.parametrize(
@@ -297,6 +298,7 @@ def test_mfu_is_left_out_where_the_peak_is_not_known():
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
     ],
 )
 def test_published_peaks(kind, teraflops):

@@ -1,6 +1,7 @@
 """The command `gpt-jax plan`, on simulated devices; for TPUs and GPUs where their compilers are installed."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -15,11 +16,14 @@ from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import load
 from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.ramp import rows_before
+from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import Collective
 from gpt_jax.model.size import count_parameters
 from gpt_jax.plan import _guess, largest, mfu_bound, roofline, summary
+from gpt_jax.preflight import state_bytes
 from gpt_jax.presets import GPT3
+from gpt_jax.run import build_run, mesh_of
 from gpt_jax.topologies import CHIPS, simulated
 
 TINY = {
@@ -122,6 +126,22 @@ def test_the_vocabulary_is_known_before_the_tokenizer(overrides, size):
     assert vocabulary_of(load("quickstart", overrides)) == size
 
 
+def test_a_run_from_anothers_weights_is_planned_with_its_model_and_tokenizer(tmp_path):
+    tokenizer = ByteTokenizer(("eot", "mask", "sep", "cls"))
+    tokenizer.save(tmp_path / "tokenizer")
+    theirs = {"num_layers": 3, "d_model": 48, "num_heads": 3, "vocab_size": 260, "max_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model": theirs}))
+    given = {"init.from": str(tmp_path), "context_length": "64", "model.num_layers": "1", "model.d_model": "32"}
+    config, step = abstract_step(load("quickstart", given), simulated(1))
+    model = config.model
+    assert (model.num_layers, model.d_model, model.vocab_size, model.max_positions) == (3, 48, 260, 64)
+    assert count_params(step, config) == count_parameters(model)
+    own = load("quickstart", given | {"init.model": "False"})
+    config, _ = abstract_step(own, simulated(1))  # their tokenizer all the same
+    assert (config.model.num_layers, config.model.d_model, config.model.vocab_size) == (1, 32, 260)
+    assert state_bytes(load("quickstart", given)) == count_parameters(model) * 16 // jax.device_count()
+
+
 @pytest.mark.parametrize(
     ("name", "head", "labels"),
     [("classify", "classifier", 6), ("tag", "tagger", 8), ("multitask", "classifier", 6), ("sst2", "classifier", 2)],
@@ -138,6 +158,42 @@ def test_labels_of_a_file_that_is_absent_are_missed_in_one_line(tmp_path):
     tasks = repr(({"name": "classification", "train": f"{tmp_path}/gone.tsv"},))
     with pytest.raises(UserError, match=r"gone.tsv: cannot read \(No such file or directory\)"):
         abstract_step(load("classify", {"data.tasks": tasks}), simulated(1))
+
+
+OTHERS = ("masked_lm", "replaced_token", "distillation", "dialogue", "dpo", "multiple_choice", "span_qa", "tag", "lora")
+TOYS = {
+    "name": "mixture",
+    "tasks": {
+        "text": {"name": "causal_lm", "rows": 9},
+        "reverse": {"name": "supervised", "rows": 4, "max_new": 4, "data": {"tasks": ("toy_tasks:reverse",)}},
+        "colours": {"name": "classify", "rows": 3, "data": {"tasks": ("toy_tasks:colours", "toy_tasks:pairs")}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("quickstart", {}),
+        ("quickstart", {"data.doc_mask": "True"}),
+        ("quickstart", {"data.layout": "bins"}),
+        ("denoising", {}),
+        ("multitask", {"data.doc_mask": "True", "objective": repr(TOYS)}),
+        ("multitask", {"data.layout": "padded", "objective": repr(TOYS)}),
+        ("policy_gradient", {}),
+        pytest.param("multitask", {"data.doc_mask": "True"}, marks=pytest.mark.slow),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in OTHERS),
+    ],
+)
+def test_the_batches_that_are_planned_are_those_of_the_run(name, overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt_jax.run.mesh_of", functools.partial(mesh_of, devices=jax.devices()[:1]))
+    (tmp_path / "text.txt").write_text("\n\n".join(["to be or not to be, that is the question. "] * 99))
+    tiny = {"model.num_layers": "1", "model.d_model": "16", "model.num_heads": "1", "model.embedding_size": "0"}
+    tiny |= {"data.path": str(tmp_path / "text.txt"), "data.tokenizer.kind": "byte"}
+    config = load(name, tiny | overrides)
+    run = build_run(config, lambda line: None)
+    _, step = abstract_step(config, simulated(1))
+    assert step.batch_spec == run.step.batch_spec
 
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

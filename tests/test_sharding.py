@@ -94,6 +94,8 @@ def test_a_rule_whose_mesh_axis_is_taken_or_of_size_one_gives_way_to_the_next():
         ("(('embd', 'tensor'),)", r"a logical axis of mesh.rules is 'embd' \(did you mean 'embed'\?\); allowed"),
         ("('mlp', 'tensor')", r"mesh.rules has 'mlp'; a rule is a pair \(logical axis, mesh axis\)"),
         ("(('mlp',),)", r"mesh.rules has \('mlp',\); a rule is a pair"),
+        ("(('mlp', ('tensor', 'tensor')),)", r"has \('mlp', \('tensor', 'tensor'\)\), which names a mesh axis twice"),
+        ("(('sequence', ('sequence', 'tensor')),)", r"'tensor'\)\); 'sequence' takes one mesh axis or None"),
     ],
 )
 def test_a_rule_that_means_nothing_is_refused(rules, message):

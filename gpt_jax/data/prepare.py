@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpt_jax.data import cache
-from gpt_jax.data.batches import BatchOrder, TrainSource, ValidSource, ValidText
+from gpt_jax.data.batches import BatchOrder, TrainSource, ValidSource, ValidText, batch_spec
 from gpt_jax.data.build import build_store
 from gpt_jax.data.formats import LAYOUTS, Part
 from gpt_jax.data.mixture import MixtureSource
 from gpt_jax.data.permutation import mix
 from gpt_jax.data.readers import Progress, expand_variables
-from gpt_jax.data.rows import make_rows
+from gpt_jax.data.rows import arrays_of, make_rows
 from gpt_jax.data.store import Split, is_store, is_token_file, open_store, open_token_file
 from gpt_jax.data.texts import Corpora, Log, Text, texts_of
 from gpt_jax.data.tokenizer import Tokenizer
@@ -133,6 +133,22 @@ def tasks_of(data: Any, rows: Any, part: str = "") -> Any:
     from gpt_jax.data.task_rows import load_tasks
 
     return load_tasks(data.tasks, rows.kind, f" {part!r}" if part else "")[1]
+
+
+def spec_of(data: Any, rows: Any, batch_size: int, context_length: int) -> Any:
+    """Returns what `Data.train.spec()` of these rows will be, without a tokenizer and without reading anything.
+
+    Args:
+      data: a DataConfig. rows: how the objective wants its rows, see `prepare_data`. batch_size: of the global batch.
+    """
+    if isinstance(rows, Mapping):
+        parts = {name: (_own_data(data, name, own), own) for name, own in rows.items()}
+        return {name: spec_of(its, own.rows, own.batch_size, context_length) for name, (its, own) in parts.items()}
+    if hasattr(rows, "encode"):
+        from gpt_jax.data.task_rows import example_arrays
+
+        return batch_spec(batch_size, example_arrays(rows, context_length))
+    return batch_spec(batch_size, arrays_of(context_length, data.layout, data.doc_mask, rows))
 
 
 def _own_data(data: Any, name: str, part: Part) -> Any:

@@ -195,6 +195,13 @@ def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.cumsum([0, *map(len, bins)])
 
 
+def arrays_of(length: int, layout: str, doc_mask: bool, change: TextRows | None = None) -> Arrays:
+    """What the rows of `make_rows` hold."""
+    if change is not None:
+        return {name: ((length,), kind) for name, kind in change.arrays.items()}
+    return text_arrays(length, segments=doc_mask or layout != "packed")
+
+
 def make_rows(
     split: Split, length: int, layout: str, doc_mask: bool, seed: int | None, change: TextRows | None = None
 ) -> RowMaker:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.data.batches import BatchOrder, TrainSource, ValidSource
-from gpt_jax.data.formats import ExampleRows, Row, TaskInfo
+from gpt_jax.data.formats import Arrays, ExampleRows, Row, TaskInfo
 from gpt_jax.data.mixture import MixtureSource
 from gpt_jax.data.permutation import mix
 from gpt_jax.data.rows import Rows, best_fit
@@ -50,9 +50,8 @@ class EncodedTask:
         self.owners = np.repeat(np.arange(len(examples)), [len(pieces) for pieces in encoded])
         if not self.pieces:
             raise UserError(f"no example of task {task.name} fits into rows of {length} tokens.")
-        self.arrays = {**rows.arrays, "task": ((), np.int32)}
+        self.arrays = example_arrays(rows, length)
         if rows.pack:
-            self.arrays |= {"segment_ids": ((length,), np.int32), "positions": ((length,), np.int32)}
             sizes = np.array([len(next(iter(piece.values()))) for piece in self.pieces])
             self._order, self._bounds = best_fit(sizes, length)
         else:
@@ -87,6 +86,12 @@ class EncodedTask:
                 out["positions"][row, at : at + size] = np.arange(size)
                 at += size
         return out
+
+
+def example_arrays(rows: ExampleRows, length: int) -> Arrays:
+    """What a row of `length` tokens of a task's examples holds."""
+    packed = {"segment_ids": ((length,), np.int32), "positions": ((length,), np.int32)} if rows.pack else {}
+    return {**rows.arrays, "task": ((), np.int32), **packed}
 
 
 class ValidTask(ValidSource):
