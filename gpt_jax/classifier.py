@@ -51,7 +51,7 @@ def load_classifier(workdir: str | os.PathLike) -> TextClassifier:
     """Opens a run with the objective `classify` on one task.
 
     Raises:
-      UserError: no run there, or one with another objective or several tasks.
+      UserError: no run there, or one with another objective or several tasks; the task has more or fewer labels now.
     """
     run = load(workdir)
     config = run.config
@@ -60,6 +60,12 @@ def load_classifier(workdir: str | os.PathLike) -> TextClassifier:
             f"{str(workdir)!r} is no classifier: its objective is {config.objective['name']!r}, not classify."
         )
     labels = load_task(config.data.tasks[0]).labels
+    outputs = np.shape(run.all_params["classifier"]["bias"])[-1]
+    if len(labels) != outputs:  # they may be those of a file, which can have changed
+        raise UserError(
+            f"the classifier in {str(workdir)!r} has {outputs} outputs, but its task has {len(labels)} labels now "
+            f"({', '.join(labels)}): give the task those that it was trained with, or train it again."
+        )
     setting = Setting(
         model=config.model,
         specials=run.tokenizer.specials,

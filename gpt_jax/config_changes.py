@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt_jax.data.cache import content_hash
@@ -78,6 +79,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 )
 
 
+DATA = "the content of the data"  # in place of a key
 _SHOWN = 6  # differences of the data that a message names
 
 # Keys of the table's impossible ones for which some pairs of values have the same parameters: those are numerics.
@@ -169,7 +171,34 @@ def compare_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> Change | No
     shown = [f"{n} {before[n]} -> {after[n]}" if isinstance(after[n], int | float) else n for n in names[:_SHOWN]]
     more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     hashes = (content_hash({name: of[name] for name in before if name in after}) for of in (before, after))
-    return Change("the content of the data", *hashes, note=", ".join([*shown, *more]))
+    return Change(DATA, *hashes, note=", ".join([*shown, *more]))
+
+
+def undo(tree: Mapping[str, Any], changes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Returns a resolved config (nested dicts) as it was before {key: [old, new]}, as `as_history` gives them; an old
+    value of None is a key that was not there."""
+    out = copy.deepcopy(dict(tree))
+    for key, (old, _) in sorted(changes.items(), key=lambda item: item[1][0] is not None):  # first what was not there
+        *path, name = key.split(".")
+        nodes = [out]
+        for part in path:
+            if not isinstance(nodes[-1].get(part), dict):
+                nodes[-1][part] = {}
+            nodes.append(nodes[-1][part])
+        if old is not None:
+            nodes[-1][name] = old
+            continue
+        nodes[-1].pop(name, None)
+        for parent, part in reversed([*zip(nodes, path, strict=False)]):
+            if not parent[part]:  # nothing else was in it
+                del parent[part]
+    return out
+
+
+def moves_numbers(key: str) -> bool:
+    """Whether a change of a key may move a number of training, if only by rounding."""
+    kind, note = classify(key)
+    return (kind != FREE or bool(note)) and not key.startswith("eval.")
 
 
 def decide(changes: Changes, accept: bool, path: Any = "this run") -> list[str]:

@@ -228,7 +228,8 @@ def odd_ones(values: Sequence[Any]) -> list[int]:
 def parts_of(objective: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The data of the parts of a mixture of objectives, as far as they have their own."""
     parts = objective.get("tasks", {})
-    return [part.get("data", {}) for part in parts.values()] if isinstance(parts, Mapping) else []
+    children = parts.values() if isinstance(parts, Mapping) else ()
+    return [part.get("data", {}) for part in children if isinstance(part, Mapping)]  # others: the objective's error
 
 
 def check_data(data: Any, parts: Sequence[Mapping[str, Any]] = ()) -> Check:

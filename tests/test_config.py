@@ -1,6 +1,7 @@
 """config.py and config_changes.py: strict reading, exact round trips, and which changes a continued run takes."""
 
 import dataclasses
+import json
 import pathlib
 import textwrap
 
@@ -8,7 +9,7 @@ import pytest
 
 from gpt_jax import config_changes
 from gpt_jax.config import Config, describe, dumps, find_config, load, loads, resolve, to_dict
-from gpt_jax.config_changes import FREE, IMPOSSIBLE, NUMERICS, classify, compare, compare_data, decide
+from gpt_jax.config_changes import FREE, IMPOSSIBLE, NUMERICS, classify, compare, compare_data, decide, flatten, undo
 from gpt_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -409,3 +410,23 @@ def test_a_key_that_one_config_lacks_is_a_difference():
 
 def test_an_override_of_one_option_keeps_the_objectives_name():
     assert resolve({}, {"objective.smoothing": "0.1"}).objective == {"name": "causal_lm", "smoothing": 0.1}
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        {"steps": 5, "optimizer": {"learning_rate": 0.1, "schedule": "linear"}},
+        {"objective": {"name": "causal_lm", "z_loss": 0.1}, "batch_schedule": ((3, 4),)},
+        {"objective": {"name": "masked_lm", "coefs": {"mlm": 1.0, "edit": 0.5}, "rate": 0.3}},
+        {"objective": {"name": "masked_lm", "coefs": {}}},
+    ],
+)
+def test_what_the_history_tells_of_changes_is_enough_to_undo_them(then):
+    old = json.loads(json.dumps(to_dict(resolve(then))))
+    now = {"steps": 9, "objective": {"name": "masked_lm", "coefs": {"mlm": 2.0}, "select": "spans"}}
+    new = json.loads(json.dumps(to_dict(resolve(now))))
+    changes = json.loads(json.dumps(compare(old, new).as_history()))
+    for before, after, of in ((old, new, changes), (new, old, {key: [b, a] for key, (a, b) in changes.items()})):
+        found = undo(after, of)
+        assert flatten(found) == flatten(before) and resolve(found) == resolve(before)
+    assert flatten(new) == flatten(json.loads(json.dumps(to_dict(resolve(now)))))  # as it was

@@ -12,6 +12,9 @@ from toys import Bigram
 
 from gpt_jax import cli
 from gpt_jax.config import resolve
+from gpt_jax.config_changes import DATA
+from gpt_jax.errors import UserError
+from gpt_jax.forensics.rerun import check_unbroken, read_recorded, run_at
 from gpt_jax.forensics.spikes import Watch, build_examine
 from gpt_jax.metrics import MetricsWriter
 from gpt_jax.model import Transformer
@@ -98,6 +101,46 @@ def test_a_step_that_went_wrong_names_what_did_first(run, capsys):
     assert code == 0 and result["same"] and not result["finite"]
     culprit = result["culprit"]
     assert (culprit["phase"], culprit["rows"], culprit["tokens"]) == ("prepare", [5], [3])
+
+
+@pytest.mark.slow
+def test_a_run_that_went_on_with_other_settings_is_repeated_as_it_was(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
+    tree = json.loads(json.dumps(CONFIG)) | {"steps": 4, "optimizer": {"learning_rate": 0.01}}
+    tree["data"]["path"], tree["checkpoint"] = str(tmp_path / "text.txt"), {"every_steps": 2, "keep_every_steps": 2}
+    work, quiet = str(tmp_path / "run"), dict(log=lambda line: None)
+    train(resolve(tree), work, **quiet)
+    train(resolve(tree | {"steps": 8, "optimizer": {"learning_rate": 0.002}}), work, accept_changes=True, **quiet)
+    for arguments in (
+        ["rerun", "--steps=3"],
+        ["rerun", "--steps=4"],
+        *(["replay", f"--step={n}"] for n in (1, 4, 5, 8)),
+    ):
+        code, result = command(capsys, *arguments, work)
+        assert code == 0 and result["same"], arguments
+    assert cli.main(["rerun", work, "--steps=6"]) == 1
+    error = capsys.readouterr().err
+    assert "--steps=6: the run went on from step 4 with steps: 4 -> 8; optimizer.learning_rate: 0.01 -> 0.002" in error
+    assert "ask for 4 at most" in error and error.count("\n") == 1
+
+
+def test_changes_hold_from_the_step_that_the_run_last_went_on_from(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"steps": 9}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    first, second = {"steps": [3, 6]}, {"steps": [6, 9]}
+    events = [("start", 0, {}), ("change", 6, first), ("resume", 6, {}), ("finish", 8, {})]
+    events += [("resume", 2, {}), ("change", 7, second), ("resume", 7, {})]
+    lines = [{"event": name, "step": step, "changes": changes} for name, step, changes in events]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, changes = read_recorded(str(tmp_path))
+    assert list(rows) == [1] and changes == [(2, first), (7, second)]
+    check_unbroken(changes, 0, 2, "x")
+    check_unbroken(changes, 2, 7, "x")
+    with pytest.raises(UserError, match="x: the run went on from step 2 with steps: 3 -> 6; ask for 2 at most"):
+        check_unbroken(changes, 0, 3, "x")
+    check_unbroken([(2, {"log.every_steps": [1, 2], "mesh.fsdp": [8, 1], "eval.batch_size": [8, 4]})], 0, 3, "x")
+    with pytest.raises(UserError, match="the content of its data changed after step 5; step 5 had other data"):
+        run_at(str(tmp_path), 5, [(5, {DATA: ["a", "b"]})])
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,21 @@ def test_the_arithmetic_task_has_gpt3s_format_and_no_problem_on_both_sides():
 
 
 @pytest.mark.slow
+def test_a_classifier_whose_task_has_other_labels_now_is_refused(tmp_path):
+    from gpt_jax.classifier import load_classifier
+
+    rows, path = "text\tlabel\na cat\tgood\na dog\tpoor\n", tmp_path / "x.tsv"
+    path.write_text(rows)
+    spec = {"name": "classification", "train": str(path), "hold_out": 0}
+    changes = {"objective": {"name": "classify"}, "data": {"tokenizer": {"kind": "byte"}, "tasks": (spec,)}, "steps": 1}
+    train(resolve(TINY | changes), str(tmp_path / "run"), log=quiet)
+    assert load_classifier(tmp_path / "run").labels == ("good", "poor")
+    path.write_text(rows + "a cow\tbad\n")
+    with pytest.raises(UserError, match=r"has 2 outputs, but its task has 3 labels now \(bad, good, poor\)"):
+        load_classifier(tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_a_classifier_may_be_the_reward(tmp_path):
     from gpt_jax.classifier import load_classifier
 

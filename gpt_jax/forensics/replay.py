@@ -16,9 +16,10 @@ import numpy as np
 from gpt_jax.checkpoint import find_checkpoint, list_steps, restore, restore_frozen
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
-from gpt_jax.forensics.rerun import differences, open_recorded
+from gpt_jax.forensics.rerun import check_unbroken, differences, read_recorded, run_at
 from gpt_jax.forensics.spikes import batch_ids, build_examine, jsonable
 from gpt_jax.forensics.trace import trace_update
+from gpt_jax.inherit import saved_config
 from gpt_jax.remote import refuse_url
 from gpt_jax.run import Run, build_run
 from gpt_jax.train import initial_state
@@ -66,11 +67,14 @@ def replay(workdir: str, step: int, *, always_trace: bool = False) -> dict[str, 
       "gradient_norms", "weight_norms": see spikes.py; "culprit": see trace.py, or None}.
 
     Raises:
-      UserError: no run there, no such step, no checkpoint that can be read.
+      UserError: no run there, no such step, no checkpoint that can be read, or the run went on with other settings
+        between the checkpoint and the step.
     """
-    run, recorded = open_recorded(workdir)
-    if not 1 <= step <= run.config.steps:
-        raise UserError(f"--step is {step}; the run has steps 1 to {run.config.steps}.")
+    recorded, changes = read_recorded(workdir)
+    if not 1 <= step <= (steps := saved_config(workdir)["steps"]):
+        raise UserError(f"--step is {step}; the run has steps 1 to {steps}.")
+    check_unbroken(changes, checkpoint_before(workdir, step)[1], step, f"{workdir!r}, --step={step}")
+    run = run_at(workdir, step, changes)
     state, start = state_before(run, workdir, step)
     with run.loader(lambda: state.all_params, start, lambda line: None, stop=step) as loader:
         for index, batch in loader:
@@ -100,16 +104,21 @@ def replay(workdir: str, step: int, *, always_trace: bool = False) -> dict[str, 
 
 def state_before(run: Run, workdir: str, step: int) -> tuple[Any, int]:
     """The state of the newest checkpoint before a step, or the initial one; and its step."""
+    folder, start = checkpoint_before(workdir, step)
+    if not start:
+        return initial_state(run, lambda line: None), 0
+    abstract = run.step.abstract_state
+    state = restore(folder, start, dataclasses.replace(abstract, frozen={}))
+    return dataclasses.replace(state, frozen=restore_frozen(folder, abstract.frozen)), start
+
+
+def checkpoint_before(workdir: str, step: int) -> tuple[pathlib.Path | None, int]:
+    """(folder of checkpoints, step of the newest before a step); the step is 0 if there is none."""
     try:
         folder, _ = find_checkpoint(workdir)
     except UserError:
-        return initial_state(run, lambda line: None), 0
-    earlier = [found for found in list_steps(folder) if found < step]
-    if not earlier:
-        return initial_state(run, lambda line: None), 0
-    abstract = run.step.abstract_state
-    state = restore(folder, max(earlier), dataclasses.replace(abstract, frozen={}))
-    return dataclasses.replace(state, frozen=restore_frozen(folder, abstract.frozen)), max(earlier)
+        return None, 0
+    return folder, max((found for found in list_steps(folder) if found < step), default=0)
 
 
 def name_culprit(run: Run, state: Any, batch: Any) -> Any:

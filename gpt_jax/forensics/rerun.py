@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from gpt_jax.config import resolve
+from gpt_jax.config_changes import DATA, moves_numbers, undo
 from gpt_jax.errors import UserError
 from gpt_jax.forensics.spikes import jsonable
+from gpt_jax.inherit import saved_config, saved_run
 from gpt_jax.metrics import read_rows
-from gpt_jax.run import Run, rebuild_run
+from gpt_jax.run import Run, build_run
 from gpt_jax.train import initial_state
 from gpt_jax.workdir import describe_environment, open_workdir
+
+_PLACE = ("mesh.", "distributed.")  # keys that say where a run runs, not what it does
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,13 +58,15 @@ def rerun(workdir: str, steps: int) -> dict[str, Any]:
       "first_difference", "largest_relative": where they are not; "environment": {what: [then, now]} that differs}.
 
     Raises:
-      UserError: no run there, or none of its first steps is recorded.
+      UserError: no run there, none of its first steps is recorded, or it went on with other settings among them.
     """
-    run, recorded = open_recorded(workdir)
-    last = min(steps, max(recorded, default=0), run.config.steps)
+    recorded, changes = read_recorded(workdir)
+    last = min(steps, max(recorded, default=0))
     rows = {step: row for step, row in recorded.items() if step <= last}
     if not rows:
         raise UserError(f"{workdir!r} has recorded no step up to {steps}: there is nothing to compare with.")
+    check_unbroken(changes, 0, last, f"{workdir!r}, --steps={last}")
+    run = run_at(workdir, last, changes)
     state = initial_state(run, lambda line: None)
     compared, first, largest = 0, None, 0.0
     with run.loader(lambda: state.all_params, 0, lambda line: None, stop=last) as loader:
@@ -73,14 +80,64 @@ def rerun(workdir: str, steps: int) -> dict[str, Any]:
     result = {"steps": last, "same": first is None, "compared": compared}
     if first is not None:
         result |= {"first_difference": first, "largest_relative": largest}
-    return result | {"environment": environment_changes(workdir, run)}
+    moved: dict[str, list[Any]] = {}
+    for after, of in changes:
+        for key in of if after else ():
+            if key.startswith(_PLACE):
+                moved[key] = [moved.get(key, of[key])[0], of[key][1]]
+    return result | {"environment": environment_changes(workdir, run) | moved}
 
 
-def open_recorded(workdir: str) -> tuple[Run, dict[int, dict[str, Any]]]:
-    """Rebuilds a run and reads its rows by step."""
-    run = rebuild_run(workdir)
+def read_recorded(workdir: str) -> tuple[dict[int, dict[str, Any]], list[tuple[int, dict[str, Any]]]]:
+    """Reads what a run's directory tells of its past.
+
+    Returns:
+      (rows by step; (step, {key: [old, new]}) of the changes that it was continued with after a step, oldest first).
+    """
+    saved_config(workdir)
     with open_workdir(workdir, lock=False) as directory:
-        return run, {row["step"]: row for row in read_rows(directory.metrics_path)}
+        rows, history = read_rows(directory.metrics_path), directory.history()
+    changes, since = [], math.inf
+    for entry in reversed(history):
+        if entry["event"] in ("start", "resume", "change"):
+            since = min(since, entry["step"])  # whoever goes on from an earlier step does what came after it again
+        if entry["event"] == "change":
+            changes.append((since, entry["changes"]))
+    return {row["step"]: row for row in rows}, changes[::-1]
+
+
+def run_at(workdir: str, step: int, changes: Sequence[tuple[int, Mapping[str, Any]]]) -> Run:
+    """Rebuilds a run as it was at a step (counted from 1): later changes are undone, but for the mesh.
+
+    Raises:
+      UserError: its data were others then.
+    """
+    tree = saved_config(workdir)
+    for after, of in reversed(changes):
+        if after < step:
+            break
+        if DATA in of:
+            raise UserError(
+                f"{workdir!r}: the content of its data changed after step {after}; step {step} had other data."
+            )
+        tree = undo(tree, {key: values for key, values in of.items() if not key.startswith(_PLACE)})
+    _, tokenizer = saved_run(workdir)
+    return build_run(resolve(tree), lambda line: None, tokenizer)
+
+
+def check_unbroken(changes: Sequence[tuple[int, Mapping[str, Any]]], start: int, step: int, what: str) -> None:
+    """Raises UserError if the run went on with other settings between two of the steps from `start` (not itself) on to
+    `step`: they are no one run."""
+    for after, of in changes:
+        told = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in of.items() if _counts(key)]
+        if start < after < step and told:
+            raise UserError(
+                f"{what}: the run went on from step {after} with {'; '.join(told)}; ask for {after} at most."
+            )
+
+
+def _counts(key: str) -> bool:
+    return moves_numbers(key) and not key.startswith(_PLACE)
 
 
 def differences(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
