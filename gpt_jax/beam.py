@@ -72,8 +72,8 @@ def beam_search(
     """
     if beams < 1 or not 1 <= results <= beams:
         raise UserError(f"beams is {beams} and results {results}; 1 <= results <= beams is needed.")
-    if alpha < 0:
-        raise UserError(f"the length penalty is {alpha}; it must be at least 0.")
+    if not 0 <= alpha < float("inf"):
+        raise UserError(f"the length penalty is {alpha}; it must be a number of at least 0.")
     ids = check_prompts(model, prompts, max_tokens, eot)
     prepared = decoding_params(model.config, params, beams)
     out: list[list[tuple[list[int], float]]] = [[] for _ in ids]

@@ -34,6 +34,8 @@ def choose_texts(
     """
     if len(set(choices)) < 2 or not all(choices):
         raise UserError("a choice is made among at least two different texts, none of them empty.")
+    if twice := [choice for i, choice in enumerate(choices) if choice in choices[:i]]:
+        raise UserError(f"choice {twice[0]!r} is given twice.")
     scorer = Scorer(run.model, run.params, run.tokenizer, overflow=overflow)
     scores = scorer.score([(prompt, choice) for prompt in prompts for choice in choices])
     empty = scorer.score([("", choice) for choice in choices]) if normalisation == "unconditional" else scores
@@ -45,6 +47,7 @@ def choose_texts(
         best = int(values.argmax())
         if temperature > 0:
             sharpened = np.exp((values - values.max()) / temperature)
-            best = int(np.random.default_rng(seed + i).choice(len(choices), p=sharpened / sharpened.sum()))
+            rng = np.random.default_rng((seed + i) & 0xFFFFFFFF)
+            best = int(rng.choice(len(choices), p=sharpened / sharpened.sum()))
         out.append((choices[best], dict(zip(choices, probabilities.tolist(), strict=True))))
     return out

@@ -67,6 +67,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     else:
         if overrides:
             raise UserError(f"convert --to-hf takes no --config.{next(iter(overrides))}: the run's own config is used.")
+        if not 0 <= args.max_file_gb < float("inf"):
+            raise UserError(f"--max-file-gb is {args.max_file_gb}; it must be a number above 0, or 0 for no bound.")
         most = int(args.max_file_gb * 1e9)
         result = to_hf(args.to_hf, args.workdir, step=args.step, weights=args.weights, dtype=args.dtype, most=most)
     print(json.dumps(result))
@@ -278,7 +280,7 @@ def to_hf(
     if jax.process_count() > 1:
         raise UserError("convert --to-hf runs in one process.")
     refuse_url(folder, "--to-hf", "export to a folder, then copy it to the bucket")
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).resolve()  # a link to an empty folder is that folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to-hf is {str(folder)!r}, which is not an empty folder.")
     checkpoints, found = find_checkpoint(workdir, step)

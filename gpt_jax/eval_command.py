@@ -49,6 +49,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--reference", default="", help="a run that measures perplexity; default: the run itself")
 
 
+# Flags that only some evaluations read, those without --tasks and --generation under "".
+_READ_BY = {
+    **dict.fromkeys(("max_batches", "max_generated"), ("",)),
+    **dict.fromkeys(("shots", "limit", "harness_tasks"), ("tasks",)),
+    **dict.fromkeys(("normalise", "split", "boundary", "overflow", "beams", "harness", "include_path"), ("tasks",)),
+    **dict.fromkeys(("methods", "texts", "prompt_tokens", "new_tokens", "reference"), ("generation",)),
+    "seed": ("tasks", "generation"),
+}
+
+
+def _refuse_unread(args: argparse.Namespace, mode: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, modes in _READ_BY.items():
+        value = getattr(args, name)
+        if mode in modes or value == parser.get_default(name):
+            continue
+        flag, wanted = f"--{name.replace('_', '-')}", " or ".join(f"--{m}" for m in modes if m)
+        if mode:
+            raise UserError(f"{flag} is {value!r}, which --{mode} does not read.")
+        raise UserError(f"{flag} is {value!r}, but no {wanted} {'are named' if wanted == '--tasks' else 'is given'}.")
+
+
 def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Runs the command."""
     for name in ("max_batches", "max_generated", "limit", "shots"):
@@ -56,6 +79,10 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0.")
     if args.generation and (args.tasks or args.harness_tasks):
         raise UserError("--generation and --tasks are two evaluations: run one after the other.")
+    mode = "generation" if args.generation else "tasks" if args.tasks or args.harness_tasks else ""
+    _refuse_unread(args, mode)
+    if mode:
+        _join(args, overrides)  # before anything touches a device
     if args.generation:
         values = _generation(args, overrides)
     elif args.tasks or args.harness_tasks:
@@ -74,9 +101,6 @@ def _losses(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str,
     from gpt_jax.inherit import saved_config
     from gpt_jax.run import restore_run
 
-    for name, default in (("shots", 0), ("limit", 0), ("normalise", "")):
-        if getattr(args, name) != default:
-            raise UserError(f"--{name} is {getattr(args, name)!r}, but no --tasks are named.")
     join_job(args, configs.resolve(saved_config(args.workdir), overrides))
     run, params, step = restore_run(args.workdir, step=args.step, weights=args.weights, overrides=overrides)
     values = evaluate_all(run, params, max_batches=args.max_batches, step=step, limit=args.max_generated)
@@ -87,11 +111,21 @@ def _losses(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str,
 
 
 def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
-    from gpt_jax.benchmarks import load_benchmarks, run_benchmark
+    from gpt_jax.benchmarks import check_benchmark, load_benchmarks, run_benchmark
     from gpt_jax.benchmarks.base import beam_texts
     from gpt_jax.tasks.base import parse_specs
 
     benchmarks = load_benchmarks(parse_specs(args.tasks, "--tasks"), args.split, "--tasks")
+    if args.split and not any(benchmark.split for benchmark in benchmarks):
+        raise UserError(f"--split is {args.split!r}, but no task named has splits.")
+    if args.include_path and not args.harness_tasks:
+        raise UserError(f"--include-path is {args.include_path!r}, but no --harness-tasks are named.")
+    if args.harness and (not benchmarks or args.shots or any(b.kind == "generate" for b in benchmarks)):
+        raise UserError("--harness compares scores without demonstrations (--shots 0), of tasks that generate nothing.")
+    if args.harness and (own := [b.name for b in benchmarks if any(item.contexts for item in b.items())]):
+        raise UserError(f"--harness has no form for benchmark {own[0]}, whose options have contexts of their own.")
+    if args.harness or args.harness_tasks:
+        import gpt_jax.lm_eval  # noqa: F401  says whether the harness is there
     loaded, scorer = open_scorer(
         args.workdir,
         overrides,
@@ -101,6 +135,8 @@ def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, 
         overflow=args.overflow,
     )
     generate = beam_texts(scorer, args.beams) if args.beams != 1 else None
+    for benchmark in benchmarks[1:]:  # before the figures of the first
+        check_benchmark(benchmark, scorer, shots=args.shots, limit=args.limit, seed=args.seed)
     found = {}
     for benchmark in benchmarks:
         result = run_benchmark(
@@ -113,7 +149,7 @@ def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, 
             generate=generate,
         )
         found[benchmark.name] = result
-        for line in describe(benchmark.name, result):
+        for line in describe(benchmark.name, result) if is_first() else ():
             print(line, flush=True)
         if args.harness:
             result["harness"] = _parity(benchmark, scorer, result, args)
@@ -124,7 +160,7 @@ def _tasks(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, 
         names = [name.strip() for name in args.harness_tasks.split(",") if name.strip()]
         settings = dict(include_path=args.include_path, shots=args.shots or None, limit=args.limit)
         values["harness_tasks"] = run_harness(scorer, names, **settings)
-        for name, metrics in values["harness_tasks"].items():
+        for name, metrics in values["harness_tasks"].items() if is_first() else ():
             print(f"{name.ljust(20)} " + ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items()))
     return values
 
@@ -142,13 +178,14 @@ def _generation(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[
     given = human_prompts(valid, args.texts, args.prompt_tokens, args.new_tokens)
     methods = [name.strip() for name in args.methods.split(",") if name.strip()] or list(METHODS)
     shown = ("distinct_2", "self_bleu_4", "seq_rep_4", "perplexity", "copy_rate")
-    print("".ljust(16) + "".join(name.rjust(30) for name in shown))
+    if is_first():
+        print("".ljust(16) + "".join(name.rjust(30) for name in shown))
 
     def say(name: str, values: Mapping[str, float]) -> None:
         cells = (f"{values[m]:.3g} ({values[m + '_low']:.3g} to {values[m + '_high']:.3g})" for m in shown)
         print(name.ljust(16) + "".join(cell.rjust(30) for cell in cells), flush=True)
 
-    settings = dict(methods=methods, seed=args.seed, reference=reference, say=say)
+    settings = dict(methods=methods, seed=args.seed, reference=reference, say=say if is_first() else None)
     found = evaluate_generation(scorer, given, training_documents(data.splits, data.tokenizer), **settings)
     return {"step": loaded.step, "texts": len(given.prompts), "generation": found}
 
@@ -158,12 +195,27 @@ def _parity(benchmark: Any, scorer: Any, result: Mapping[str, Any], args: argpar
 
     from gpt_jax.lm_eval import compare
 
-    if args.shots or benchmark.kind == "generate":
-        raise UserError("--harness compares scores without demonstrations (--shots 0), of tasks that generate nothing.")
     with tempfile.TemporaryDirectory() as folder:
         values = compare(benchmark, scorer, result, folder, args.limit)
-    print(f"{'  by the harness'.ljust(20)} " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    if is_first():
+        print(f"{'  by the harness'.ljust(20)} " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     return values
+
+
+def _join(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+    from gpt_jax.cli import join_job
+    from gpt_jax.config import resolve
+    from gpt_jax.run import saved_config
+
+    _only_mesh(overrides)
+    if cluster.find_place(cluster.environment_of(args)) is not None:  # one process also reads a checkpoint alone
+        join_job(args, resolve(saved_config(args.workdir), overrides))
+
+
+def _only_mesh(overrides: Mapping[str, str]) -> None:
+    for key in overrides:
+        if not key.startswith("mesh."):
+            raise UserError(f"--config.{key}: of a run that is scored only the mesh (--config.mesh.*) can be changed.")
 
 
 def open_scorer(
@@ -186,9 +238,7 @@ def open_scorer(
     from gpt_jax.score import Scorer
     from gpt_jax.sharding import DEFAULT_RULES
 
-    for key in overrides:
-        if not key.startswith("mesh."):
-            raise UserError(f"--config.{key}: of a run that is scored only the mesh (--config.mesh.*) can be changed.")
+    _only_mesh(overrides)
     loaded = load(workdir, step=step, weights=weights)
     if not loaded.objective.generates:
         name = loaded.config.objective["name"]

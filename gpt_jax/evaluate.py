@@ -115,14 +115,13 @@ def evaluate_all(
 def evaluate_tasks(run: Any, params: Any) -> dict[str, float]:
     """Runs the benchmarks of `eval.tasks` on the run's own mesh: {"tasks/lambada/accuracy": ..., "..._se": ...}.
 
-    Raises:
-      UserError: an objective whose model does not continue a text, an unknown benchmark.
+    What could be refused was when the run was built: see `check_tasks`.
     """
-    from gpt_jax.benchmarks import run_benchmark
+    from gpt_jax.benchmarks import load_benchmarks, run_benchmark
     from gpt_jax.score import Scorer
 
     settings, out = run.config.eval, {}
-    benchmarks = check_tasks(run)
+    benchmarks = load_benchmarks(settings.tasks, "valid", "eval.tasks")
     scorer = Scorer(run.objective.model, params["model"], run.data.tokenizer, mesh=run.step.mesh, rules=run.step.rules)
     for benchmark in benchmarks:
         found = run_benchmark(benchmark, scorer, shots=settings.task_shots, limit=settings.task_limit)
@@ -134,12 +133,23 @@ def evaluate_tasks(run: Any, params: Any) -> dict[str, float]:
 
 
 def check_tasks(run: Any) -> list[Any]:
-    """Returns the benchmarks of `eval.tasks`, scored on their validation split where they have one."""
-    from gpt_jax.benchmarks import load_benchmarks
+    """Returns the benchmarks of `eval.tasks`, scored on their validation split where they have one.
+
+    Raises:
+      UserError: an objective whose model does not continue a text, an unknown benchmark, and what scoring the items
+        would refuse: a file that is missing or malformed, an option longer than the model's context.
+    """
+    from gpt_jax.benchmarks import check_benchmark, load_benchmarks
+    from gpt_jax.score import Scorer
 
     if not run.objective.generates or not hasattr(run.objective, "model"):
         raise UserError("eval.tasks names benchmarks, but the objective does not teach its model to continue a text.")
-    return load_benchmarks(run.config.eval.tasks, "valid", "eval.tasks")
+    settings = run.config.eval
+    benchmarks = load_benchmarks(settings.tasks, "valid", "eval.tasks")
+    scorer = Scorer(run.objective.model, None, run.data.tokenizer)
+    for benchmark in benchmarks:
+        check_benchmark(benchmark, scorer, shots=settings.task_shots, limit=settings.task_limit)
+    return benchmarks
 
 
 def evaluators_of(run: Any) -> dict[str, Evaluators]:

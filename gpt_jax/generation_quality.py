@@ -57,12 +57,14 @@ def human_prompts(splits: Sequence[Any], count: int, prompt: int, new: int) -> P
     for name, value in (("texts", count), ("prompt tokens", prompt), ("new tokens", new)):
         if value < 1:
             raise UserError(f"{name}: {value}; at least 1 is needed.")
+    if count < 2:
+        raise UserError(f"texts: {count}; at least 2 are needed, to compare them with each other.")
     total = sum(split.num_tokens for split in splits)
     found: list[list[int]] = []
     for split in splits:
         wanted = max(1, round(count * split.num_tokens / max(1, total)))
         room = split.num_tokens - prompt - new
-        starts = range(0, max(0, room), prompt + new)
+        starts = range(0, max(0, room + 1), prompt + new)
         starts, fitting = [starts[i] for i in spread(len(starts), _TRIED * wanted)], []
         for start in starts:
             ids = split.read(start, prompt + new)

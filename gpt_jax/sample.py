@@ -79,8 +79,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     for flag, value in (("--num-samples", args.num_samples), ("--max-tokens", args.max_tokens)):
         if value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1.")
-    if args.interactive and (args.json or args.prompt or args.prompts_file or args.num_samples > 1):
-        raise UserError("--interactive takes its prompts from standard input: one text each, without --json.")
+    if args.interactive and (args.json or args.html or args.prompt or args.prompts_file or args.num_samples > 1):
+        raise UserError("--interactive takes its prompts from standard input: one text each, no --json, no --html.")
     if args.beams < 0 or (args.beams and (args.interactive or args.num_samples > max(1, args.beams))):
         raise UserError(
             f"--beams is {args.beams}; it goes without --interactive, and with --num-samples of at most as many."
@@ -122,6 +122,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
     if args.overflow:
         choose("--overflow", args.overflow, POLICIES)
+    if args.html:
+        _make_room(args.html)
     settings = dict(sampling=sampling, stop=args.stop)
     if args.interactive:
         for number, line in enumerate(_typed_lines()):
@@ -163,6 +165,17 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     if args.html and not args.json:
         print(f"page: {args.html}")
     return 0
+
+
+def _make_room(page: str) -> None:
+    """Makes the folder of a page before there are texts to lose."""
+    path = pathlib.Path(page)
+    if path.is_dir():
+        raise UserError(f"--html is {page!r}, which is a folder.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--html is {page!r}, which cannot be written: {error}.") from None
 
 
 def _look(run: Loaded, prompt: str, new: list[int], fit: Fit) -> tuple[list[Any], int]:
@@ -275,13 +288,21 @@ def read_prompts(given: Sequence[str], file: str) -> list[str]:
     """Prompts of the flags, of a file or of standard input; one empty prompt if there are none."""
     prompts = [_valid(lambda prompt=prompt: prompt, "--prompt") for prompt in given]
     if file == "-":
-        prompts += _valid(sys.stdin.read, "standard input").splitlines()
+        prompts += _lines(_valid(sys.stdin.read, "standard input"), "standard input")
     elif file:
         try:
-            prompts += pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+            text = pathlib.Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts-file {file!r} cannot be read: {error}.") from None
+        prompts += _lines(text, f"--prompts-file {file!r}")
     return prompts or [""]
+
+
+def _lines(text: str, source: str) -> list[str]:
+    """Lines that end with a line feed alone: other characters that break lines may be part of a prompt."""
+    if not text:
+        raise UserError(f"{source} is empty: it holds no prompt.")
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def continue_texts(

@@ -18,6 +18,7 @@ from jax import Array, lax
 from gpt_jax.files import atomic_write
 from gpt_jax.generation import bucket
 from gpt_jax.model import Transformer
+from gpt_jax.score import for_any_length
 
 _PIECE = 128  # positions whose logits are held at once
 
@@ -43,6 +44,7 @@ def look_at(model: Transformer, params: Any, ids: Sequence[int], top: int = 8) -
     Args:
       ids: at least one token. top: alternatives of each.
     """
+    model = for_any_length(model)
     n, config = len(ids), model.config
     T = min(bucket(n, least=16), config.max_positions) if config.positions == "learned" else bucket(n, least=16)
     tokens = np.zeros((1, T), np.int32)

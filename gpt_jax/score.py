@@ -25,6 +25,7 @@ from gpt_jax.errors import UserError, choose
 from gpt_jax.generation import bucket
 from gpt_jax.losses import cross_entropy
 from gpt_jax.model import Transformer
+from gpt_jax.model.config import LACKS
 from gpt_jax.sharding import DEFAULT_RULES, Rules, param_shardings
 
 NORMALISATIONS = ("sum", "token", "byte", "unconditional")
@@ -151,7 +152,7 @@ class Scorer:
                 f"max_length is {self.max_length}; the model has {config.max_positions} positions, and at least one "
                 "token must be read."
             )
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = for_any_length(model), tokenizer
         self.mesh, self.rules = mesh, tuple(tuple(rule) for rule in rules)
         self.params = shard_params(model, params, mesh, rules) if mesh is not None else params
         self.overflow, self.boundary, self.cut = overflow, boundary, 0
@@ -166,8 +167,7 @@ class Scorer:
             overflow='error' what does not fit.
         """
         pairs = list(pairs)
-        ids = [split_pair(self.tokenizer, *pair, boundary=self.boundary) for pair in pairs]
-        scores = self.score_ids([(self.begin + context, continuation) for context, continuation in ids])
+        scores = self._score_fitted(self.fit(pairs))
         sizes = [len(continuation.removeprefix(" ").encode("utf-8")) for _, continuation in pairs]
         return [dataclasses.replace(score, bytes=size) for score, size in zip(scores, sizes, strict=True)]
 
@@ -188,7 +188,14 @@ class Scorer:
 
     def score_ids(self, pairs: Sequence[Pair]) -> list[Score]:
         """Scores continuations given as ids; nothing is added to a context."""
-        fitted = [self._fit(list(context), list(continuation)) for context, continuation in pairs]
+        return self._score_fitted([self._fit(list(context), list(continuation)) for context, continuation in pairs])
+
+    def fit(self, pairs: Iterable[tuple[str, str]]) -> list[Pair]:
+        """Returns the ids that `score` scores of (context, continuation) texts; raises what it raises."""
+        ids = [split_pair(self.tokenizer, *pair, boundary=self.boundary) for pair in pairs]
+        return [self._fit(self.begin + context, continuation) for context, continuation in ids]
+
+    def _score_fitted(self, fitted: Sequence[Pair]) -> list[Score]:
         out: list[Score | None] = [None] * len(fitted)
         for rows, shape in self._batches(fitted):
             logprobs, hits = self._run([fitted[row] for row in rows], *shape)
@@ -303,7 +310,16 @@ def _score(
     return out
 
 
+def for_any_length(model: Transformer) -> Transformer:
+    """The model with attention of whatever kind suits: what it was trained with may lack a text's length or device."""
+    if model.config.attention not in LACKS:
+        return model
+    return model.clone(config=dataclasses.replace(model.config, attention="auto"))
+
+
 def shard_params(model: Transformer, params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Places a model's parameters on a mesh, by the logical axes that they name."""
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    if jax.process_count() > 1:  # what lies on one's own devices goes to those of all from the host alone
+        params = jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable else x, params)
     return jax.device_put(params, param_shardings(boxed, mesh, rules))

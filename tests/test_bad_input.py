@@ -3,6 +3,7 @@
 The messages themselves are tested beside what raises them; here they come through `gpt-jax`.
 """
 
+import json
 import os
 import re
 import signal
@@ -67,6 +68,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("A line of text that is repeated.\n" * 200)
     (tmp_path / "empty.txt").write_text("")
+    row = {"prompt": "a", "choices": ["b", "c" * 20], "answer": 0}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "small.txt").write_text("Too little.\n")
     documents = [("train", "some text " * 50)] * 5 + [("valid", "held out " * 50)]
     for name in ("store", "damaged"):
@@ -103,6 +106,11 @@ CASES = {
     ),
     "regex": ({"init.rename": "(('(model/', ''),)"}, ["init.rename has ('(model/', '')", "pairs of a regex"]),
     "group of a regex": ({"init.rename": r"(('^model/', r'\1'),)"}, ["init.rename has", "invalid group reference 1"]),
+    "missing benchmark": ({"eval.tasks": "('choices:{}/absent.jsonl',)"}, ["{}/absent.jsonl"]),
+    "option too long": (
+        {"eval.tasks": "('choices:{}/long.jsonl',)"},
+        ["benchmark choices", "continuation has 21 tokens", "reads 16"],
+    ),
     "tables": ({"data.sources": "(1,2)"}, ["data.sources has 1", "each is a table"]),
 }
 

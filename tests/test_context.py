@@ -444,6 +444,9 @@ def test_the_command_writes_figures_and_their_numbers(tmp_path, capsys):
     for flags, said in (
         (["--figures=strode"], r"--figures is 'strode'"),
         (["--tokens=1"], "--tokens is 1"),
+        (["--longest=nan"], "--longest is nan"),
+        (["--longest=inf"], "--longest is inf"),
+        (["--sinks=160"], "--sinks is 160"),
         (["--step=9"], "no checkpoint of step 9"),
     ):
         assert main(["context", f"--workdir={run}", *flags]) == 1

@@ -1,5 +1,6 @@
 """`gpt-jax eval --tasks`: from a run's folder to figures with standard errors, in one line of JSON."""
 
+import argparse
 import json
 
 import jax
@@ -7,7 +8,9 @@ import optax
 import pytest
 from test_sample_command import save_run
 
+from gpt_jax import cluster
 from gpt_jax.cli import main
+from gpt_jax.eval_command import _READ_BY, add_arguments
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +95,42 @@ def test_a_table_names_a_task_of_ones_own_files_and_the_split_is_in_the_result(r
         (["--tasks=[{'limit': 3}]"], "is no table such as"),
         (["--tasks={'name': 'clasification'}"], "'clasification' (did you mean 'classification'?)"),
         (["--tasks=toy_tasks:colours,toy_tasks:colours"], "--tasks names a benchmark twice: colours, colours"),
+        (["--tasks=toy_tasks:colours,choices:/none.jsonl"], "/none.jsonl"),
+        (["--tasks=choices:FILE", "--split=valid"], "--split is 'valid', but no task named has splits"),
+        (["--tasks=choices:FILE", "--include-path=x"], "--include-path is 'x', but no --harness-tasks are named"),
+        (["--tasks=choices:FILE", "--max-batches=2"], "--max-batches is 2, which --tasks does not read"),
+        (["--tasks=choices:FILE", "--texts=2"], "--texts is 2, which --tasks does not read"),
+        (["--generation", "--beams=2"], "--beams is 2, which --generation does not read"),
+        (["--texts=2"], "--texts is 2, but no --generation is given"),
+        (["--harness"], "--harness is True, but no --tasks are named"),
+        (["--tasks=choices:FILE", "--harness", "--shots=1"], "--harness compares scores without demonstrations"),
+        (["--tasks=toy_tasks:reverse", "--harness"], "--harness compares scores without demonstrations"),
         (["--max-batches=-1"], "--max-batches is -1; it must be at least 0"),
         (["--tasks=choices:FILE", "--limit=-2"], "--limit is -2; it must be at least 0"),
     ],
 )
 def test_mistakes_are_told_in_a_line(run, file, capsys, flags, said):
     assert main(["eval", f"--workdir={run}", *(flag.replace("FILE", str(file)) for flag in flags)]) == 1
-    _, err = capsys.readouterr()
-    assert err.count("\n") == 1 and said in err
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
+def test_a_negative_seed_draws_demonstrations(run, file, capsys):
+    lines = evaluate(capsys, f"--workdir={run}", f"--tasks=choices:{file}", "--shots=1", "--limit=4", "--seed=-1")
+    assert json.loads(lines[-1])["tasks"]["choices"]["items"] == 4
+
+
+def test_a_generated_answer_takes_half_the_positions_at_most(run, capsys):
+    # 64 tokens would not fit the 48 learned positions.
+    lines = evaluate(capsys, f"--workdir={run}", "--tasks=toy_tasks:reverse", "--limit=3")
+    assert "exact_match" in json.loads(lines[-1])["tasks"]["reverse"]
+
+
+def test_the_flags_that_only_some_evaluations_read_are_all_named():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    others = {"help", "workdir", "step", "weights", "tasks", "generation"}
+    cluster_flags = argparse.ArgumentParser()
+    cluster.add_arguments(cluster_flags)
+    others |= {action.dest for action in cluster_flags._actions}
+    assert set(_READ_BY) == {action.dest for action in parser._actions} - others

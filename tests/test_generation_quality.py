@@ -37,12 +37,19 @@ def test_prompts_and_continuations_are_pieces_of_one_document():
         human_prompts([split_of(*documents)], 4, 100, 100)
     with pytest.raises(UserError, match="new tokens: 0"):
         human_prompts([split_of(*documents)], 4, 4, 0)
+    with pytest.raises(UserError, match="texts: 1; at least 2"):
+        human_prompts([split_of(*documents)], 1, 4, 6)
 
 
 def test_fewer_pieces_than_prompts_are_taken_once_each():
     given = human_prompts([split_of("abcdefghijklmnopqrstuvwxyz0123456789")], 9, 4, 6)
     pieces = [bytes(p + n).decode() for p, n in zip(given.prompts, given.continuations, strict=True)]
     assert pieces == ["jklmnopqrs", "tuvwxyz012"]  # one begins every 10 tokens; the first holds the EOT
+
+
+def test_the_last_piece_is_taken_too():
+    given = human_prompts([Split(np.arange(20, dtype=np.int32), np.array([0]), 20, None)], 2, 4, 6)
+    assert given.prompts == [[0, 1, 2, 3], [10, 11, 12, 13]] and given.continuations[1] == [14, 15, 16, 17, 18, 19]
 
 
 def test_figures_and_their_intervals_by_hand():

@@ -289,9 +289,27 @@ def test_mistaken_flags_and_folders_are_told(tmp_path, capsys):
         ([hf, f"--workdir={tmp_path / 'new'}", "--config.model.dtype=int8"], "dtype is 'int8'"),
         ([f"--to-hf={tmp_path / 'hf'}", run], "not an empty folder"),
         ([f"--to-hf={tmp_path / 'new'}", run, "--dtype=int8"], "--dtype is 'int8'"),
+        ([f"--to-hf={tmp_path / 'new'}", run, "--max-file-gb=nan"], "--max-file-gb is nan"),
+        ([f"--to-hf={tmp_path / 'new'}", run, "--max-file-gb=inf"], "--max-file-gb is inf"),
+        ([f"--to-hf={tmp_path / 'new'}", run, "--max-file-gb=-1"], "--max-file-gb is -1.0"),
     ):
         assert main(["convert", *flags]) == 1
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a": "\xff"}', "tokenizer.json is not valid UTF-8"),
+        (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "its vocabulary is empty"),
+    ],
+)
+def test_a_damaged_tokenizer_is_told_in_a_line(tmp_path, capsys, content, said):
+    save_llama(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(content)
+    assert main(["convert", f"--from-hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'run'}"]) == 1
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
 
 
 # -- to theirs -----------------------------------------------------------------------------------------------------
@@ -363,6 +381,14 @@ def test_weights_come_in_the_asked_dtype_and_without_biases_as_zeros(tmp_path):
     tensors = Tensors(tmp_path / "hf")
     assert all(value.dtype == jnp.bfloat16 for value in tensors.values())
     assert not tensors["transformer.h.1.mlp.c_fc.bias"].any() and tensors["transformer.h.1.mlp.c_fc.weight"].any()
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(tmp_path):
+    save_run(tmp_path / "run", tiny(**ROPE))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    to_hf(tmp_path / "link", tmp_path / "run", log=silent)
+    assert (tmp_path / "there" / "config.json").exists() and (tmp_path / "link").is_symlink()
 
 
 def test_lora_is_merged(tmp_path):

@@ -233,3 +233,17 @@ def test_two_processes_evaluate_as_one(text, tmp_path):
     assert found[0].keys() == found[1].keys()
     assert found[0].pop("workdir") == found[1].pop("workdir")
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_two_processes_score_benchmarks_as_one_and_print_once(text, tmp_path):
+    workdir, file = tmp_path / "run", tmp_path / "items.jsonl"
+    rows = [{"prompt": "to be or", "choices": ["not", "the", "question"], "answer": i % 3} for i in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finish(launcher(1, train_command(text, workdir, 4), devices=2))
+    found = []
+    for processes in (1, 2):
+        command = [*CLI, "eval", f"--workdir={workdir}", f"--tasks=choices:{file}"]
+        out, _ = finish(launcher(processes, command, devices=2 // processes))
+        assert out.count("choices              ") == 1
+        found.append(json.loads(out.strip().splitlines()[-1])["tasks"]["choices"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

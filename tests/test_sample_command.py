@@ -18,11 +18,12 @@ from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.cli import main
 from gpt_jax.config import Config, to_dict
 from gpt_jax.data.tokenizer import ByteTokenizer
+from gpt_jax.errors import UserError
 from gpt_jax.generation import generate
 from gpt_jax.hooks import strip
 from gpt_jax.model import ModelConfig, Transformer
 from gpt_jax.objectives.causal_lm import CausalLM
-from gpt_jax.sample import continue_prompts, continue_texts
+from gpt_jax.sample import continue_prompts, continue_texts, read_prompts
 from gpt_jax.sampling import Sampling
 from gpt_jax.sharding import make_mesh
 from gpt_jax.step import build_train_step
@@ -151,6 +152,15 @@ def test_prompts_come_from_a_file_or_standard_input(run, capsys, tmp_path, monke
     out, err = capsys.readouterr()
     assert out.startswith(f"one{expected[0]}\ntwoo") and out.count("\n") == 2
     assert re.fullmatch("gpt-jax: a prompt of 61 tokens and max_tokens=6 do not fit the model's 48.*\n", err)
+
+
+def test_prompts_are_cut_at_line_feeds_alone(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("one\u2028two\x0cthree\r\n\nfour\n".encode())
+    assert read_prompts([], str(file)) == ["one\u2028two\x0cthree", "", "four"]
+    file.write_text("")
+    with pytest.raises(UserError, match=r"prompts\.txt' is empty"):
+        read_prompts([], str(file))
 
 
 def test_typed_lines_have_the_room_that_learned_positions_leave_each(run, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Other forms of `gpt-jax sample`: beams, choices, log-probabilities, the page; many prompts in continuous batches."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from gpt_jax.choice import choose_texts
 from gpt_jax.cli import main
 from gpt_jax.contrastive import contrastive_search
 from gpt_jax.generation import check_prompts
+from gpt_jax.model import Transformer
 from gpt_jax.sample import continue_prompts, continue_texts
 from gpt_jax.sample_page import look_at
 from gpt_jax.sampling import Sampling
@@ -77,6 +79,11 @@ def test_a_choice_is_made_by_its_probability(run, capsys):
     assert stats.chisquare(counts, [400 * expected[c] for c in ("yes", "no")]).pvalue > 0.001
 
 
+def test_a_negative_seed_draws_a_choice(run, capsys):
+    flags = ("--prompt=a", "--prompt=b", "--choice=x", "--choice=y", "--temperature=1")
+    assert len(samples(capsys, run, *flags, "--seed=-1")) == 2
+
+
 def test_many_prompts_in_continuous_batches_are_what_each_is_alone(run):
     loaded = gpt_jax.load(run)
     prompts = ["abc"[: 1 + i % 3] * (1 + i % 4) for i in range(40)]
@@ -102,8 +109,14 @@ def test_what_is_looked_at_is_the_softmax(run):
         assert [t for t, _ in token.alternatives] == np.argsort(-p[i])[:3].tolist()
 
 
+def test_a_run_trained_with_attention_of_another_device_is_looked_at(run):
+    loaded = gpt_jax.load(run)
+    other = Transformer(dataclasses.replace(loaded.model.config, attention="splash"))
+    assert look_at(other, loaded.params, [256, *b"hello"]) == look_at(loaded.model, loaded.params, [256, *b"hello"])
+
+
 def test_the_page_holds_every_token_and_nothing_from_elsewhere(run, capsys, tmp_path):
-    page = tmp_path / "page.html"
+    page = tmp_path / "new" / "page.html"
     rows = samples(capsys, run, "--prompt=<b>&", "--prompt=x", "--max-tokens=9", "--seed=2", f"--html={page}")
     text = page.read_text(encoding="utf-8")
     assert len(re.findall('<span class="t prompt"', text)) == 5 + 2  # with their EOTs
@@ -211,6 +224,11 @@ def test_a_token_shows_its_alternatives_and_its_colour_in_a_browser(run, capsys,
         (["--contrastive=0.0", "--temperature=1"], "--contrastive goes without --temperature, which is 1.0"),
         (["--contrastive=1.5"], "alpha is 1.5"),
         (["--contrastive=0.5", "--top-k=0"], "k is 0"),
+        (["--choice=a", "--choice=b", "--choice=a"], "choice 'a' is given twice"),
+        (["--interactive", "--html=page.html"], "no --json, no --html"),
+        (["--html=/dev/null/page.html"], "--html is '/dev/null/page.html', which cannot be written"),
+        (["--html=/tmp"], "--html is '/tmp', which is a folder"),
+        (["--beams=2", "--length-penalty=nan"], "the length penalty is nan"),
         (["--beams=2", "--temperature=0.5"], "--beams goes without --temperature, which is 0.5"),
         (["--beams=2", "--repetition-penalty=1.2"], "--beams goes without --repetition-penalty, which is 1.2"),
     ],

@@ -1,6 +1,7 @@
 """Scoring: sums against the plain forward pass, alone and in any batch; where a text is cut; what each normalisation
 prefers on models whose probabilities are known."""
 
+import dataclasses
 import functools
 
 import jax
@@ -78,6 +79,14 @@ def test_a_mesh_changes_nothing(model):
     for a, b in zip(Scorer(*model, mesh=mesh).score_ids(pairs), expected, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
         assert a.greedy == b.greedy
+
+
+@pytest.mark.parametrize("attention", ["splash", "cudnn"])
+def test_a_model_of_another_device_is_scored_here(model, attention):
+    configs = [dataclasses.replace(model[0].config, dtype="bfloat16", attention=name) for name in ("auto", attention)]
+    found = [Scorer(Transformer(config), model[1]).score_ids(random_pairs(3)) for config in configs]
+    for mine, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(mine.logprobs, theirs.logprobs)
 
 
 def test_pieces_of_the_logits_change_nothing(model, monkeypatch):

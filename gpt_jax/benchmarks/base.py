@@ -89,7 +89,8 @@ class Benchmark:
         items, by their hash, which are then not scored.
       normalise: by which options are compared unless asked otherwise. unconditional: the context for 'unconditional'.
       separator: between demonstrations. demonstrations: whether it takes any.
-      max_tokens, stop: of generated texts. score: (predictions, items) -> metrics, where a task says how.
+      max_tokens, stop: of generated texts; half the model's context at most. score: (predictions, items) -> metrics,
+        where a task says how.
       split: of a task that the items are.
     """
 
@@ -153,7 +154,7 @@ def draw_demonstrations(pool: Sequence[Item], item: Item, shots: int, seed: int)
     if not shots:
         return []
     text = hashlib.blake2b("\n".join(map("".join, item.pairs)).encode("utf-8"), digest_size=8).digest()
-    order = np.random.default_rng((seed, int.from_bytes(text, "little"))).permutation(len(pool))
+    order = np.random.default_rng((seed & 0xFFFFFFFF, int.from_bytes(text, "little"))).permutation(len(pool))
     drawn: list[Item] = []
     for own in (True, False):
         for row in order:
@@ -211,20 +212,8 @@ def run_benchmark(
       the context), 'cut' (contexts whose beginning was cut), 'split' (of a task); 'groups' {group: metrics} where there
       are some: the metrics above are then means over groups.
     """
-    if shots < 0:
-        raise UserError(f"--shots is {shots}; it must be at least 0.")
     how = choose("normalise", normalisation or benchmark.normalise, NORMALISATIONS)
-    items, pool = split_items(benchmark, shots)
-    items = take(items, limit)
-    if not items:
-        raise UserError(f"benchmark {benchmark.name} has no items.")
-    prompts, shown = [], []
-    for item in items:
-        drawn = draw_demonstrations(pool, item, shots, seed)
-        room = benchmark.max_tokens if benchmark.kind == "generate" else 0
-        prompt, number = fit_prompt(item, drawn, benchmark.separator, scorer, room)
-        prompts.append(prompt)
-        shown.append(number)
+    items, prompts, shown = ask(benchmark, scorer, shots=shots, limit=limit, seed=seed)
     cut, info = scorer.cut, {"items": len(items), "shots": float(np.mean(shown))}
     if benchmark.kind == "generate":
         out = _generated(benchmark, scorer, items, prompts, generate)
@@ -239,6 +228,46 @@ def run_benchmark(
     if benchmark.split:
         info["split"] = benchmark.split
     return {**out, **info, "cut": scorer.cut - cut, **groups}
+
+
+def ask(
+    benchmark: Benchmark, scorer: Scorer, *, shots: int = 0, limit: int = 0, seed: int = 0
+) -> tuple[list[Item], list[str], list[int]]:
+    """Returns (the items, the text before each one's context, its demonstrations that fit); see `run_benchmark`."""
+    if shots < 0:
+        raise UserError(f"--shots is {shots}; it must be at least 0.")
+    items, pool = split_items(benchmark, shots)
+    items = take(items, limit)
+    if not items:
+        raise UserError(f"benchmark {benchmark.name} has no items.")
+    room = _new_tokens(benchmark, scorer) if benchmark.kind == "generate" else 0
+    prompts, shown = [], []
+    for item in items:
+        drawn = draw_demonstrations(pool, item, shots, seed)
+        prompt, number = fit_prompt(item, drawn, benchmark.separator, scorer, room)
+        prompts.append(prompt)
+        shown.append(number)
+    return items, prompts, shown
+
+
+def check_benchmark(benchmark: Benchmark, scorer: Scorer, *, shots: int = 0, limit: int = 0, seed: int = 0) -> None:
+    """Reads the items and fits them as `run_benchmark` does, and runs no model: what it would refuse is told at once.
+
+    Args:
+      scorer: of the model; its parameters are not looked at.
+    """
+    items, prompts, _ = ask(benchmark, scorer, shots=shots, limit=limit, seed=seed)
+    if benchmark.kind != "generate":
+        pairs = [(before + c, o) for item, before in zip(items, prompts, strict=True) for c, o in item.pairs]
+        try:
+            scorer.fit(pairs)
+        except UserError as error:
+            raise UserError(f"benchmark {benchmark.name}: {error}") from None
+
+
+def _new_tokens(benchmark: Benchmark, scorer: Scorer) -> int:
+    """Tokens of a generated text: half of what the model reads is left to the prompt."""
+    return min(benchmark.max_tokens, max(1, scorer.max_length // 2))
 
 
 def fit_prompt(item: Item, drawn: Sequence[Item], separator: str, scorer: Scorer, room: int) -> tuple[str, int]:
@@ -353,7 +382,7 @@ def _generated(
     generate: Callable[[list[str], int, tuple[str, ...]], list[str]] | None,
 ) -> dict[str, Any]:
     whole = [before + item.context for item, before in zip(items, prompts, strict=True)]
-    texts = (generate or greedy_texts(scorer))(whole, benchmark.max_tokens, benchmark.stop)
+    texts = (generate or greedy_texts(scorer))(whole, _new_tokens(benchmark, scorer), benchmark.stop)
     return _task_metrics(benchmark, [text.strip() for text in texts], items)
 
 

@@ -66,7 +66,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     for name in names:
         choose("--figures", name, FIGURES)
     for flag, least in (("tokens", 2), ("longest", 1), ("trials", 1), ("batch_size", 1), ("sinks", 0)):
-        if getattr(args, flag) < least:
+        if not least <= getattr(args, flag) < float("inf"):
             raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}.")
     refuse_url(args.out, "--out", "write to a folder, then copy it to the bucket")
     if not args.out:
@@ -76,6 +76,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     if model is None or not run.objective.generates:
         raise UserError(f"the objective {run.config.objective['name']!r} of {args.workdir!r} predicts no next token.")
     context = run.config.context_length
+    if "streaming" in names and model.config.positions != "learned" and args.sinks >= context:
+        raise UserError(f"--sinks is {args.sinks}; a stream in a cache of {context} keeps fewer.")
     setting = Setting(
         model,
         params["model"],

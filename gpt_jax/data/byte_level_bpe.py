@@ -185,6 +185,8 @@ class HuggingFaceTokenizer(Tokenizer):
         end = next((t for t in (end, *_END_TOKENS) if t and self._library.token_to_id(t) is not None), None)
         own = {"eot": self._library.token_to_id(end)} if end else {}
         vocabulary = self._library.get_vocab()
+        if not vocabulary:
+            raise UserError("not a tokenizer.json: its vocabulary is empty.")
         super().__init__(max(vocabulary.values()) + 1, specials, own)
         decoder = json.dumps(json.loads(text).get("decoder"))
         self._style = "bytes" if '"ByteLevel"' in decoder else "fallback" if '"ByteFallback"' in decoder else "other"

@@ -36,7 +36,10 @@ def find_tokenizer(folder: pathlib.Path, family: str, tree: Mapping[str, Any], v
     end = end[0] if isinstance(end, list) and end else end
     tokenizer: Tokenizer
     if (folder / "tokenizer.json").is_file():
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        try:
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{folder / 'tokenizer.json'} is not valid UTF-8 ({error.reason}).") from None
         name = _token_of(text, end)
         tokenizer = HuggingFaceTokenizer(text, end=name)
         known = HuggingFaceTokenizer(text, ("eot",), end=name)
