@@ -220,6 +220,19 @@ def test_the_command_hands_on_what_the_plan_needs_and_the_exit_code(monkeypatch)
     assert given["needed_bytes"] == 12 and given["seconds"] == 5 and given["limit"] == 9
 
 
+def test_with_json_a_preflight_prints_its_last_line_alone(monkeypatch, capsys):
+    def flown(config, *, log, **options):
+        log("ok   devices: 8")
+        log('{"ok": true}')
+        return 0
+
+    monkeypatch.setattr(preflight, "run_preflight", flown)
+    assert main(["plan", "--config=quickstart", "--here", "--json"]) == 0
+    assert capsys.readouterr().out == '{"ok": true}\n'
+    assert main(["plan", "--config=quickstart", "--here"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_the_mesh_is_the_one_of_the_run(tmp_path, monkeypatch):
     _, _, result = flight(tmp_path, mesh={"slices": 3})
     assert "mesh.slices is 3, which does not divide the 8 devices" in result["checks"]["collectives"]["found"]
