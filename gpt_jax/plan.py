@@ -22,6 +22,7 @@ from gpt_jax.compiler_flags import USABLE
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import totals
+from gpt_jax.objectives.compose import part_rows
 from gpt_jax.sharding import too_replicated
 from gpt_jax.topologies import CHIPS, GIB, Machine, describe, simulated
 
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
             seconds=args.seconds,
             limit=args.limit,
             environ=cluster.environment_of(args),
-            log=show,
+            log=(lambda line: show(line) if line.startswith("{") else None) if args.json else show,
         )
     machine = machine_of(args.topology, args.devices, config)
     say = (lambda line: None) if args.json else show
@@ -98,6 +99,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
             say(f"  {line}")
     if args.max_batch:
         result["max_batch_per_shard"] = max_batch(compiled, machine)
+        result["max_batch_per_chip"] = result["max_batch_per_shard"] * compiled.shards / result["chips"]
         say(f"largest batch that fits: {result['max_batch_per_shard']} sequences a shard and micro-batch")
     print(json.dumps(result))
     return 0
@@ -185,6 +187,7 @@ def summary(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         "shards": compiled.shards,
         "batch_per_shard": compiled.rows,
         "max_batch_per_shard": None,
+        "max_batch_per_chip": None,
         "compile_s": round(compiled.compile_s, 1),
     }
 
@@ -278,9 +281,10 @@ def _model(config: Config, **changes: Any) -> Config:
 
 def remats(config: Config) -> Iterator[tuple[str, Config]]:
     """Remat policies that keep less, the cheapest in time first."""
-    order = ("none", "dots", "dots_no_batch", "full")
-    kept = order.index(config.model.remat) if config.model.remat in order else len(order)
-    for policy in order[kept + 1 :]:
+    order = ("none", "dots", "dots_no_batch", "offload_dots", "full")
+    for policy in order[order.index(config.model.remat) + 1 :]:
+        if policy == "offload_dots":  # takes the host's memory: for the user to choose
+            continue
         yield f"--config.model.remat={policy}", _model(config, remat=policy)
 
 
@@ -312,32 +316,62 @@ def batches(compiled: Compiled) -> Iterator[tuple[str, Config]]:
     while rows > 1:
         rows //= 2
         changed = with_rows(compiled, rows)
-        yield f"--config.batch_size={changed.batch_size}", changed
+        if changed is None:
+            continue
+        text = f"--config.batch_size={changed.batch_size}"
+        if changed.objective != compiled.config.objective:
+            text += f' "--config.objective={dict(changed.objective)!r}"'
+        yield text, changed
 
 
-def with_rows(compiled: Compiled, rows: int) -> Config:
-    """The same config with another number of sequences a shard."""
-    config = compiled.config
-    size = rows * config.microbatches * compiled.shards
+def with_rows(compiled: Compiled, rows: int) -> Config | None:
+    """The same config with another number of sequences a shard; None where a mixture's rows cannot be scaled to it."""
+    config, pieces = compiled.config, compiled.config.microbatches * compiled.shards
+    size = rows * pieces
+    objective = config.objective
+    if isinstance(objective.get("tasks"), Mapping):
+        counts = part_rows(objective, config.batch_size)
+        if any(count * size % (config.batch_size * pieces) for count in counts.values()):
+            return None
+        tasks = {
+            name: {**task, "rows": counts[name] * size // config.batch_size} if "rows" in task else task
+            for name, task in objective["tasks"].items()
+        }
+        objective = {**objective, "tasks": tasks}
     return dataclasses.replace(
-        config, batch_size=size, batch_schedule=(), eval=dataclasses.replace(config.eval, batch_size=0)
+        config,
+        batch_size=size,
+        batch_schedule=(),
+        eval=dataclasses.replace(config.eval, batch_size=0),
+        objective=objective,
     )
 
 
 def max_batch(compiled: Compiled, machine: Machine) -> int:
-    """Returns the most sequences a shard (and micro-batch) that fit; 0 if one does not."""
+    """Returns the most sequences a shard (and micro-batch) that fit; 0 if one does not.
+
+    Raises:
+      UserError: the config refuses a size for another reason than memory.
+    """
+    # Counted in the fewest rows that a mixture's parts can share.
+    step = next(n for n in range(1, compiled.rows + 1) if compiled.rows % n == 0 and with_rows(compiled, n))
     known: dict[int, bool] = {compiled.rows: fits(compiled, machine)}
     sizes: dict[int, int] = {compiled.rows: compiled.hbm_bytes} if compiled.program else {}
 
-    def holds(rows: int) -> bool:
+    def holds(steps: int) -> bool:
+        rows = steps * step
         if rows not in known:
-            found = _try(with_rows(compiled, rows), machine)
-            known[rows] = found is not None and fits(found, machine)
-            if found is not None and found.program:
+            found = compile_step(with_rows(compiled, rows), machine)
+            known[rows] = fits(found, machine)
+            if found.program:
                 sizes[rows] = found.hbm_bytes
         return known[rows]
 
-    return largest(holds, compiled.rows, lambda: _guess(sizes, USABLE * capacity(machine)))
+    def guess() -> int | None:
+        rows = _guess(sizes, USABLE * capacity(machine))
+        return None if rows is None else rows // step
+
+    return step * largest(holds, compiled.rows // step, guess)
 
 
 def largest(holds: Callable[[int], bool], start: int, guess: Callable[[], int | None]) -> int:

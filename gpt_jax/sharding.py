@@ -217,8 +217,13 @@ def _key(entry: Any) -> str:
 
 
 def batch_shardings(spec: Any, mesh: Mesh) -> Any:
-    """Rows over data and fsdp; the second axis over sequence. Raises UserError if the rows do not divide."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    """Rows over data and fsdp; tokens, the last axis of what is as long as a batch's `tokens`, over sequence.
+
+    Raises UserError if rows or tokens do not divide.
+    """
+    ways, pieces = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
+    leaves = jax.tree_util.tree_leaves_with_path(spec)
+    lengths = {leaf.shape[-1] for path, leaf in leaves if path and _key(path[-1]) == "tokens"}
 
     def one(path, leaf):
         if leaf.shape[0] % ways:
@@ -226,12 +231,12 @@ def batch_shardings(spec: Any, mesh: Mesh) -> Any:
                 f"the batch has {leaf.shape[0]} rows ({path_name(path)}), which {ways} devices "
                 f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}) do not divide."
             )
-        along = None
-        if mesh.shape["sequence"] > 1 and len(leaf.shape) > 1:
-            if leaf.shape[1] % mesh.shape["sequence"]:
-                raise UserError(f"{leaf.shape[1]} tokens of a row do not divide by sequence={mesh.shape['sequence']}.")
-            along = "sequence"
-        return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *([along] if len(leaf.shape) > 1 else [])))
+        others = [None] * (len(leaf.shape) - 1)
+        if pieces > 1 and others and leaf.shape[-1] in lengths:
+            if leaf.shape[-1] % pieces:
+                raise UserError(f"{leaf.shape[-1]} tokens of a row do not divide by sequence={pieces}.")
+            others[-1] = "sequence"
+        return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *others))
 
     return jax.tree_util.tree_map_with_path(one, spec)
 

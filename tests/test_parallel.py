@@ -12,6 +12,7 @@ from helpers import relative, text_batch, tiny
 from gpt_jax.errors import UserError
 from gpt_jax.model import Transformer
 from gpt_jax.objectives.causal_lm import CausalLM
+from gpt_jax.objectives.dpo import DPO
 from gpt_jax.objectives.replaced_token import ReplacedToken
 from gpt_jax.optim import make_optimizer
 from gpt_jax.presets import GPT3
@@ -24,22 +25,36 @@ MESHES = {
     "tensor4_data2": dict(tensor=4, data=2, fsdp=1),
     "fsdp2_tensor2_sequence2": dict(fsdp=2, tensor=2, sequence=2),
 }
+LONG = {"fsdp2_sequence2": dict(fsdp=2, sequence=2, data=2), "fsdp2_sequence4": dict(fsdp=2, sequence=4)}
 
 
 def objective_of(name, mesh, **options):
     model = Transformer(tiny(d_ff=32, flatten=mesh.get("sequence", 1) == 1, **options))
     if name == "causal_lm":
         return CausalLM(model, label_smoothing=0.1, z_loss=1e-3)
+    if name == "dpo":
+        return DPO(model)
     return ReplacedToken(model, mask_token=36, specials=(36,), fraction=0.5, generator={"num_heads": 4})
+
+
+def batch_of(name):
+    """Rows of text; for preferences, pairs of them."""
+    if name != "dpo":
+        return text_batch(ROWS, LENGTH)
+    text = text_batch(2 * ROWS, LENGTH)
+    text |= {"segment_ids": np.ones((2 * ROWS, LENGTH), np.int32), "answer_weights": text.pop("target_weights")}
+    text["positions"] = np.tile(np.arange(LENGTH, dtype=np.int32), (2 * ROWS, 1))
+    pairs = {key: np.reshape(value, (ROWS, 2, LENGTH)) for key, value in text.items()}
+    return pairs | {"row_weights": np.ones(ROWS, np.float32)}
 
 
 @functools.cache
 def result(objective, mesh_name, microbatches, options):
     """Loss and gradient of one batch, on the devices of a mesh; '' is one device, and nothing but the plain model."""
-    sizes = MESHES.get(mesh_name, {})
+    sizes = (MESHES | LONG).get(mesh_name, {})
     plugin = objective_of(objective, sizes, **dict(options))
     devices = jax.devices()[: 8 if sizes else 1]
-    batch = text_batch(ROWS, LENGTH)
+    batch = batch_of(objective)
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     step = build_train_step(
         plugin, make_optimizer("adamw"), spec, mesh=make_mesh(sizes, devices), microbatches=microbatches
@@ -59,7 +74,8 @@ def result(objective, mesh_name, microbatches, options):
     with step.context():
         params = jax.tree.map(in_general_position, step.abstract.params)
         params = jax.device_put(params, step.shardings.params)
-        loss, grads = run(params, step.abstract.frozen, step.put(batch))
+        frozen = jax.tree.map(lambda leaf: 0.9 * in_general_position(leaf), step.abstract.frozen)
+        loss, grads = run(params, jax.device_put(frozen, step.shardings.frozen), step.put(batch))
     return float(loss), jax.device_get(grads)
 
 
@@ -79,6 +95,12 @@ def check(objective, mesh, microbatches=1, **options):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_gives_the_loss_and_gradient_of_one_device(mesh):
     check("causal_lm", mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", LONG)
+def test_two_sequences_to_a_row_on_a_mesh_that_cuts_them_give_those_of_one_device(mesh):
+    check("dpo", mesh)
 
 
 @pytest.mark.slow

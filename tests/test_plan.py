@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import re
+import shlex
 
 import jax
 import pytest
@@ -20,7 +21,7 @@ from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.hlo import Collective
 from gpt_jax.model.size import count_parameters
-from gpt_jax.plan import _guess, largest, mfu_bound, roofline, summary
+from gpt_jax.plan import _guess, batches, largest, max_batch, mfu_bound, remats, roofline, summary, with_rows
 from gpt_jax.preflight import state_bytes
 from gpt_jax.presets import GPT3
 from gpt_jax.run import build_run, mesh_of
@@ -38,7 +39,7 @@ TINY = {
 }
 KEYS = (
     *("chips", "params", "fits", "hbm_bytes_per_chip", "hbm_capacity_bytes", "flops_per_step"),
-    *("collective_bytes", "mfu_bound", "max_batch_per_shard", "compile_s"),
+    *("collective_bytes", "mfu_bound", "max_batch_per_shard", "max_batch_per_chip", "compile_s"),
 )
 
 
@@ -290,6 +291,7 @@ def test_the_batch_of_a_shard_is_told_with_the_number_of_shards_which_is_not_tha
     result = summary(compiled, simulated(8))
     assert (result["chips"], result["shards"], result["batch_per_shard"]) == (8, 4, 4)
     assert result["shards"] * result["batch_per_shard"] * 2 == 32
+    assert result["max_batch_per_chip"] is None
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 6, 7, 40, 1000])
@@ -311,6 +313,48 @@ def test_the_search_needs_no_guess():
     assert largest(lambda n: n <= 37, 4, lambda: None) == 37
 
 
+def test_a_mixture_keeps_its_shares_in_other_batches(monkeypatch):
+    known = dict(config=load("multitask", {}), mesh={"data": 2, "fsdp": 1, "tensor": 1, "sequence": 1}, program=True)
+    compiled = Compiled(**dict.fromkeys([field.name for field in dataclasses.fields(Compiled)], 0) | known)
+    rows = lambda config: [task["rows"] for task in config.objective["tasks"].values()]  # noqa: E731
+    assert compiled.rows == 8 and rows(with_rows(compiled, 16)) == [12, 8, 12]
+    assert [n for n in range(1, 33) if with_rows(compiled, n)] == [8, 16, 24, 32]  # 6, 6, 4: pairs on two devices
+    asked = []
+
+    def compiled_for(config, machine):
+        asked.append(config.batch_size)
+        assert sum(rows(config)) == config.batch_size
+        return dataclasses.replace(compiled, config=config, state_bytes=config.batch_size)
+
+    monkeypatch.setattr("gpt_jax.plan.compile_step", compiled_for)
+    monkeypatch.setattr("gpt_jax.plan.capacity", lambda machine: 100)  # 92 of them
+    assert max_batch(dataclasses.replace(compiled, state_bytes=16), simulated(2)) == 40 and 80 in asked
+    assert list(batches(compiled)) == []
+
+    def refused(config, machine):
+        raise UserError("no such batch")
+
+    monkeypatch.setattr("gpt_jax.plan.compile_step", refused)
+    with pytest.raises(UserError, match="no such batch"):
+        max_batch(compiled, simulated(2))
+
+
+def test_smaller_batches_of_a_mixture_are_advised_with_their_rows():
+    known = dict(config=load("multitask", {}), mesh={"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}, program=True)
+    compiled = Compiled(**dict.fromkeys([field.name for field in dataclasses.fields(Compiled)], 0) | known)
+    ((text, changed),) = batches(compiled)
+    assert changed.batch_size == 8 and text.startswith("--config.batch_size=8 \"--config.objective={'name': 'mixture'")
+    words = [word.removeprefix("--config.").split("=", 1) for word in shlex.split(text)]
+    assert load("multitask", dict(words)).objective == changed.objective
+
+
+@pytest.mark.parametrize(("remat", "less"), [("none", ["dots", "dots_no_batch", "full"]), ("offload_dots", ["full"])])
+def test_remats_that_keep_less(remat, less):
+    found = remats(load("quickstart", {"model.remat": remat}))
+    assert [config.model.remat for _, config in found] == less
+    assert not list(remats(load("quickstart", {"model.remat": "full"})))
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_would(capsys, monkeypatch):
     before, _ = plan(capsys, "--devices", "1", **{"model.num_layers": "8", "batch_size": "32"})
@@ -321,6 +365,7 @@ def test_what_does_not_fit_is_told_with_what_would(capsys, monkeypatch):
     assert any("--config.microbatches=" in line for line in result["advice"])
     assert any("--config.batch_size=16" in line for line in result["advice"])
     assert 16 <= result["max_batch_per_shard"] < 32
+    assert result["max_batch_per_chip"] == result["max_batch_per_shard"]  # of one chip
 
 
 def test_a_compilers_refusal_says_how_much_it_wanted():

@@ -236,6 +236,19 @@ def test_both_of_its_names_tell_a_mistake_in_the_same_line(capsys, flags, said):
     assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("gpt-jax: ") and said in lines[0]
 
 
+def test_with_json_a_preflight_prints_its_last_line_alone(monkeypatch, capsys):
+    def flown(config, *, log, **options):
+        log("ok   devices: 8")
+        log('{"ok": true}')
+        return 0
+
+    monkeypatch.setattr(preflight, "run_preflight", flown)
+    assert main(["plan", "--config=quickstart", "--here", "--json"]) == 0
+    assert capsys.readouterr().out == '{"ok": true}\n'
+    assert main(["plan", "--config=quickstart", "--here"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_the_mesh_is_the_one_of_the_run(tmp_path, monkeypatch):
     _, _, result = flight(tmp_path, mesh={"slices": 3})
     assert "mesh.slices is 3, which does not divide the 8 devices" in result["checks"]["collectives"]["found"]

@@ -198,6 +198,12 @@ def test_batches_are_cut_by_rows_and_long_rows_by_tokens():
     placed = batch_shardings(batch, make_mesh(data=2, fsdp=2, sequence=2))
     assert placed["tokens"].shard_shape((8, 12)) == (2, 6)
     assert placed["label"].shard_shape((8,)) == (2,)
+    pairs, rewards = jax.ShapeDtypeStruct((8, 2, 12), jnp.int32), jax.ShapeDtypeStruct((8, 3), jnp.float32)
+    batch = {"dpo": {"tokens": pairs}, "text": {**batch, "target_weights": batch["tokens"], "rewards": rewards}}
+    placed = batch_shardings(batch, make_mesh(fsdp=4, sequence=2))  # three rewards, which 2 does not divide, are whole
+    assert placed["dpo"]["tokens"].shard_shape((8, 2, 12)) == (2, 2, 6)
+    assert placed["text"]["target_weights"].shard_shape((8, 12)) == (2, 6)
+    assert placed["text"]["rewards"].shard_shape((8, 3)) == (2, 3)
     with pytest.raises(
         UserError, match=r"the batch has 6 rows \(label\), which 8 devices \(data=4 x fsdp=2\) do not divide"
     ):

@@ -238,6 +238,11 @@ def _children(options: Mapping[str, Any], batch_size: int) -> dict[str, tuple[di
     return out
 
 
+def part_rows(options: Mapping[str, Any], batch_size: int) -> dict[str, int]:
+    """Returns the rows of each of a mixture's tasks in a batch."""
+    return {name: rows for name, (_, rows, _, _) in _children(options, batch_size).items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Sum(_Composition):
     """Several objectives on the same batch; each prepares its own copy under its own keys."""
