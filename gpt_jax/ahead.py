@@ -22,7 +22,7 @@ from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.prepare import spec_of, tasks_of
 from gpt_jax.data.tokenizer_choice import existing_tokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.flops import count_flops
+from gpt_jax.flops import count_flops, parameters_in, step_flops_per_token
 from gpt_jax.hlo import Collective, read_program
 from gpt_jax.objectives.base import Host, Setting, build_objective, rows_of
 from gpt_jax.presets import GPT2_VOCAB
@@ -30,7 +30,6 @@ from gpt_jax.remote import is_url
 from gpt_jax.run import check_rows, fill_in, following_init, make_step, mesh_of
 from gpt_jax.sharding import path_name, replicated_bytes
 from gpt_jax.step import TrainStep
-from gpt_jax.throughput import model_flops_per_token
 from gpt_jax.topologies import Machine
 
 
@@ -42,7 +41,8 @@ class Compiled:
       config: with everything filled in. mesh: axis -> devices. params: of all models, padding excluded.
       state_bytes: arguments (state and batch). temporary_bytes: outputs - aliased + temporaries.
       host_bytes: what remat offloads to the host. flops: of matrix products, recomputation included.
-      model_flops: 6 N + 12 L D T per token. memory_traffic: bytes to and from HBM in a step.
+      model_flops: 6 N + 12 L D T per token, less of what is frozen (`step_flops_per_token`).
+      memory_traffic: bytes to and from HBM in a step.
       unknown_loops: loops whose length the program does not say, counted as `microbatches`.
       replicated: part of the parameters' bytes that every fsdp shard holds whole, and which those are.
       stand_in: whether attention in chunks stands in for cuDNN's, whose memory traffic is less.
@@ -179,7 +179,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         replicated=replicated_bytes(step.abstract.all_params, step.param_shardings),
         model_flops=config.batch_size
         * config.context_length
-        * model_flops_per_token(params, config.model.num_layers, config.model.d_model, config.context_length),
+        * step_flops_per_token(step.abstract, config.model, config.context_length),
     )
     flags = None
     if machine.chip:
@@ -239,13 +239,8 @@ def without_cache() -> Iterator[None]:
 
 def count_params(step: TrainStep, config: Config) -> int:
     """Returns the parameters of all models, rows that pad a vocabulary excluded."""
-    model, total = config.model, 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(step.abstract.all_params):
-        shape = list(leaf.shape)
-        if path_name(path).rsplit("/", 1)[-1] in ("embedding", "head") and shape[0] == model.padded_vocab:
-            shape[0] = model.vocab_size
-        total += math.prod(shape)
-    return total
+    leaves = jax.tree_util.tree_leaves_with_path(step.abstract.all_params)
+    return sum(parameters_in(path_name(path), leaf.shape, config.model) for path, leaf in leaves)
 
 
 def shard_bytes(step: TrainStep) -> int:

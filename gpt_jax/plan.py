@@ -219,7 +219,8 @@ def table(compiled: Compiled, machine: Machine) -> str:
     lines.append(
         _line(
             "FLOPs of a step",
-            f"{c.flops:.4g} in matrix products = {c.flops / c.model_flops:.2f} x (6 N + 12 L D T) per token",
+            f"{c.flops:.4g} in matrix products = {c.flops / c.model_flops:.2f} x (6 N + 12 L D T per token, "
+            "less of what is frozen)",
         )
     )
     if not c.program:

@@ -8,7 +8,9 @@ import pytest
 from helpers import tiny
 from jax import lax
 
-from gpt_jax.flops import count_flops
+from gpt_jax.ahead import abstract_step
+from gpt_jax.config import load
+from gpt_jax.flops import count_flops, step_flops_per_token
 from gpt_jax.model import Transformer
 from gpt_jax.model.size import count_parameters
 from gpt_jax.objectives.causal_lm import CausalLM
@@ -16,6 +18,7 @@ from gpt_jax.optim import make_optimizer
 from gpt_jax.sharding import make_mesh
 from gpt_jax.step import build_train_step
 from gpt_jax.throughput import model_flops_per_token
+from gpt_jax.topologies import simulated
 
 
 def flops(function, *shapes, trips=1):
@@ -82,3 +85,26 @@ def test_remat_adds_the_forward_pass_of_the_layers_once_but_for_its_last_product
     again = step_flops(remat="full")[0] - plain
     unused = model.num_layers * 48 * 2 * model.ff_size * model.d_model  # nothing needs the output of "down" again
     assert again == pytest.approx(layers_forward(model) - unused, rel=0.02)
+
+
+@pytest.mark.slow
+def test_what_is_frozen_counts_as_often_as_it_is_multiplied():
+    def per_token(name, **keys):
+        keys = {"context_length": "64", "model.vocab_size": "256"} | keys
+        config, step = abstract_step(load(name, keys), simulated(1))
+        traced = count_flops(step.trace().jaxpr) / (config.batch_size * config.context_length)
+        return step_flops_per_token(step.abstract, config.model, 64), traced, config.model
+
+    ours, traced, model = per_token("quickstart")
+    assert ours == model_flops_per_token(count_parameters(model), model.num_layers, model.d_model, 64)
+    given = {"objective.teacher": "{'num_layers': 4, 'd_model': 256}"}
+    ours, traced, student = per_token("distillation", **given)
+    teacher = dataclasses.replace(student, num_layers=4, d_model=256)
+    forward = model_flops_per_token(count_parameters(teacher), 4, 256, 64) / 3
+    own = model_flops_per_token(count_parameters(student), student.num_layers, student.d_model, 64)
+    assert ours == own + forward
+    assert ours == pytest.approx(traced, rel=0.1)
+    ours, _, model = per_token("lora")
+    base = count_parameters(dataclasses.replace(model, lora_rank=0))
+    trained = count_parameters(model) - base + 6 * (model.d_model + 1)  # and a head of six labels
+    assert ours == 4 * base + 6 * trained + 12 * model.num_layers * model.d_model * 64
