@@ -24,10 +24,11 @@ from gpt_jax.data.tokenizer_choice import existing_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.flops import count_flops, parameters_in, step_flops_per_token
 from gpt_jax.hlo import Collective, read_program
+from gpt_jax.inherit import following_init
 from gpt_jax.objectives.base import Host, Setting, build_objective, rows_of
 from gpt_jax.presets import GPT2_VOCAB
 from gpt_jax.remote import is_url
-from gpt_jax.run import check_rows, fill_in, following_init, make_step, mesh_of
+from gpt_jax.run import check_rows, fill_in, make_step, mesh_of
 from gpt_jax.sharding import path_name, replicated_bytes
 from gpt_jax.step import TrainStep
 from gpt_jax.topologies import Machine

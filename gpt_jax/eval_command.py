@@ -205,7 +205,7 @@ def _parity(benchmark: Any, scorer: Any, result: Mapping[str, Any], args: argpar
 def _join(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     from gpt_jax.cli import join_job
     from gpt_jax.config import resolve
-    from gpt_jax.run import saved_config
+    from gpt_jax.inherit import saved_config
 
     _only_mesh(overrides)
     if cluster.find_place(cluster.environment_of(args)) is not None:  # one process also reads a checkpoint alone

@@ -115,7 +115,7 @@ def evaluate_all(
 def evaluate_tasks(run: Any, params: Any) -> dict[str, float]:
     """Runs the benchmarks of `eval.tasks` on the run's own mesh: {"tasks/lambada/accuracy": ..., "..._se": ...}.
 
-    What could be refused was when the run was built: see `check_tasks`.
+    What could be refused was before the first step: see `check_tasks`.
     """
     from gpt_jax.benchmarks import load_benchmarks, run_benchmark
     from gpt_jax.score import Scorer

@@ -17,14 +17,14 @@ from gpt_jax.config import Config, to_dict
 from gpt_jax.console import Console, console_line
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import evaluate_all, evaluators_of
+from gpt_jax.flops import step_flops_per_token
 from gpt_jax.forensics.spikes import Watch
 from gpt_jax.metrics import MetricsWriter, open_wandb
-from gpt_jax.model.size import count_parameters
 from gpt_jax.objectives.base import bidirectional_prompt
 from gpt_jax.profiling import Trace
 from gpt_jax.remote import is_url
 from gpt_jax.run import Run
-from gpt_jax.throughput import Clock, model_flops_per_token, total_peak
+from gpt_jax.throughput import Clock, total_peak
 from gpt_jax.workdir import Workdir
 
 _ASK_EVERY = 4  # steps between two questions to process 0
@@ -227,7 +227,10 @@ def open_hooks(
         stack.callback(writer.close)
         console = stack.enter_context(Console(config.steps, start, quiet=not directory.writes))
         trace = stack.enter_context(contextlib.closing(Trace(directory.path / "profile", profile)))
-        clock = Clock(flops_per_token(config), total_peak(list(run.step.mesh.devices.flat)))
+        clock = Clock(
+            step_flops_per_token(run.step.abstract, config.model, config.context_length),
+            total_peak(list(run.step.mesh.devices.flat)),
+        )
         yield Hooks(
             writer=writer,
             console=console,
@@ -255,11 +258,6 @@ def open_hooks(
             ),
             trace=trace,
         )
-
-
-def flops_per_token(config: Config) -> float:
-    model = config.model
-    return model_flops_per_token(count_parameters(model), model.num_layers, model.d_model, config.context_length)
 
 
 def tracker(config: Config, directory: Workdir) -> Any:

@@ -170,8 +170,9 @@ def state_bytes(config: Any) -> int:
     import jax
 
     from gpt_jax.ahead import vocabulary_of
+    from gpt_jax.inherit import following_init
     from gpt_jax.model.size import count_parameters
-    from gpt_jax.run import fill_in, following_init, mesh_of
+    from gpt_jax.run import fill_in, mesh_of
 
     config = following_init(config, lambda line: None)
     try:

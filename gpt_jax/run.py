@@ -160,12 +160,7 @@ def build_run(config: Config, log: Callable[[str], None] = print, tokenizer: Tok
         data = dataclasses.replace(data, train=RampedSource(data.train, config.microbatches))
     order = BatchOrder(config.batch_size, schedule, config.data.skip)
     step = make_step(config, objective, spec, mesh, order)
-    run = Run(config, data, objective, step, order, tokens_before(config, order))
-    if config.eval.tasks:
-        from gpt_jax.evaluate import check_tasks
-
-        check_tasks(run)  # an unknown name is told before the first step, not at the first validation
-    return run
+    return Run(config, data, objective, step, order, tokens_before(config, order))
 
 
 def tokens_before(config: Config, order: BatchOrder) -> Callable[[Any], Any]:

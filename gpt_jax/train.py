@@ -21,6 +21,7 @@ from gpt_jax.config import Config, to_dict
 from gpt_jax.config_changes import compare, compare_data, decide
 from gpt_jax.data.baselines import baselines
 from gpt_jax.errors import UserError
+from gpt_jax.evaluate import check_tasks
 from gpt_jax.hooks import Hooks, due, open_hooks, publish_or_say, strip
 from gpt_jax.inherit import following_init, saved_tokenizer
 from gpt_jax.metrics import read_rows
@@ -158,6 +159,7 @@ def open_run(config: Config, directory: Workdir, startup: Startup, log: Callable
     startup.mark("workdir and devices")
     config = following_init(config, log, directory.read_config())
     run = build_run(config, log, saved_tokenizer(directory))
+    check_tasks(run)
     startup.mark("data and model")
     distributed.check_equal(**{"the data": run.data.fingerprint()})
     return run
