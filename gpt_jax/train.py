@@ -159,7 +159,8 @@ def open_run(config: Config, directory: Workdir, startup: Startup, log: Callable
     startup.mark("workdir and devices")
     config = following_init(config, log, directory.read_config())
     run = build_run(config, log, saved_tokenizer(directory))
-    check_tasks(run)
+    if run.config.eval.tasks:
+        check_tasks(run)
     startup.mark("data and model")
     distributed.check_equal(**{"the data": run.data.fingerprint()})
     return run
