@@ -471,7 +471,7 @@ def test_a_change_whose_first_checkpoint_a_kill_took_goes_on_as_the_uninterrupte
         raise SystemExit(137)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(module, "MetricsWriter", killed)
+        patch.setattr("gpt_jax.hooks.MetricsWriter", killed)
         module.train(other, str(tmp_path / "killed"), accept_changes=True, log=said.append)
     assert json.loads((tmp_path / "killed" / "config.json").read_text())["optimizer"]["name"] == "adafactor"
     assert list_steps(tmp_path / "killed" / "checkpoints") == [5]
