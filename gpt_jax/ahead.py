@@ -18,7 +18,6 @@ import jax
 
 from gpt_jax.compiler_flags import compile_options
 from gpt_jax.config import Config
-from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.prepare import spec_of, tasks_of
 from gpt_jax.data.tokenizer_choice import existing_tokenizer
 from gpt_jax.errors import UserError
@@ -28,7 +27,7 @@ from gpt_jax.inherit import following_init
 from gpt_jax.objectives.base import Host, Setting, build_objective, rows_of
 from gpt_jax.presets import GPT2_VOCAB
 from gpt_jax.remote import is_url
-from gpt_jax.run import check_rows, fill_in, make_step, mesh_of
+from gpt_jax.run import check_rows, fill_in, make_step, mesh_of, order_of
 from gpt_jax.sharding import path_name, replicated_bytes
 from gpt_jax.step import TrainStep
 from gpt_jax.topologies import Machine
@@ -89,14 +88,7 @@ def abstract_step(config: Config, machine: Machine) -> tuple[Config, TrainStep]:
     """
     mesh = mesh_of(config, machine.devices)
     check_rows(config, mesh)
-    schedule = resolve_batch_schedule(
-        config.batch_schedule,
-        batch_size=config.batch_size,
-        context_length=config.context_length,
-        steps=config.steps,
-        micro=config.batch_size // config.microbatches,
-    )
-    order = BatchOrder(config.batch_size, schedule, config.data.skip)
+    order = order_of(config)
     config = following_init(config, lambda line: None)
     config = fill_in(config, vocabulary_of(config))
     if machine.chip and machine.chip.platform == "gpu" and config.model.attention in ("auto", "cudnn"):

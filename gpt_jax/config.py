@@ -30,8 +30,7 @@ from typing import Any
 
 import ml_collections
 
-from gpt_jax.config_ranges import check_ranges
-from gpt_jax.data.formats import LAYOUTS
+from gpt_jax.config_ranges import LAYOUTS, check_ranges
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.model.config import ModelConfig
 from gpt_jax.options import option

@@ -9,6 +9,11 @@ from typing import Any
 from gpt_jax.errors import UserError, choose
 
 WEIGHTS = ("auto", "raw", "ema", "average")
+LAYOUTS = {  # of plain text, by the names that `data.layout` takes
+    "packed": "documents run on across rows",
+    "padded": "a document per row",
+    "bins": "whole documents packed into rows",
+}
 
 _LEAST: tuple[tuple[str, int], ...] = (
     ("steps", 1),

@@ -117,14 +117,7 @@ def build_run(config: Config, log: Callable[[str], None] = print, tokenizer: Tok
     mesh = mesh_of(config)
     check_rows(config, mesh)
     check_spec(config.objective)
-    schedule = resolve_batch_schedule(
-        config.batch_schedule,
-        batch_size=config.batch_size,
-        context_length=config.context_length,
-        steps=config.steps,
-        micro=config.batch_size // config.microbatches,
-        log=log,
-    )
+    order = order_of(config, log)
     if tokenizer is None:
         config = following_init(config, log)
     data = prepare_data(
@@ -133,7 +126,7 @@ def build_run(config: Config, log: Callable[[str], None] = print, tokenizer: Tok
         batch_size=config.batch_size,
         eval_batch_size=config.eval.batch_size,
         seed=config.seed if config.data.seed < 0 else config.data.seed,
-        batch_schedule=schedule,
+        batch_schedule=order.schedule,
         rows=lambda tokenizer: rows_of(
             config.objective, Host(tokenizer.specials, config.context_length, config.batch_size)
         ),
@@ -155,12 +148,24 @@ def build_run(config: Config, log: Callable[[str], None] = print, tokenizer: Tok
     spec = data.train.spec()
     check_delivers(objective.batch_spec(config.batch_size, config.context_length), spec)
 
-    if schedule:
-        check_schedule(schedule, config.batch_size, config.microbatches)
+    if order.schedule:
+        check_schedule(order.schedule, config.batch_size, config.microbatches)
         data = dataclasses.replace(data, train=RampedSource(data.train, config.microbatches))
-    order = BatchOrder(config.batch_size, schedule, config.data.skip)
     step = make_step(config, objective, spec, mesh, order)
     return Run(config, data, objective, step, order, tokens_before(config, order))
+
+
+def order_of(config: Config, log: Callable[[str], None] | None = None) -> BatchOrder:
+    """Returns how many rows each step of a run reads, and which batches are skipped."""
+    schedule = resolve_batch_schedule(
+        config.batch_schedule,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        steps=config.steps,
+        micro=config.batch_size // config.microbatches,
+        log=log,
+    )
+    return BatchOrder(config.batch_size, schedule, config.data.skip)
 
 
 def tokens_before(config: Config, order: BatchOrder) -> Callable[[Any], Any]:

@@ -10,12 +10,13 @@ import scipy.stats
 
 from gpt_jax import cli
 from gpt_jax.ablation import Ablation, chain, over, product, zipped
-from gpt_jax.ablation.cells import FILE, _flops, order_of
+from gpt_jax.ablation.cells import FILE, _flops
 from gpt_jax.ablation.grid import cells_of, load_ablation
 from gpt_jax.ablation.report import _positions, budget_table
 from gpt_jax.ablation.results import compare_runs
 from gpt_jax.config import resolve, to_dict
 from gpt_jax.errors import UserError
+from gpt_jax.run import order_of
 
 ARMS = {"plain": {}, "wide": {"model.d_model": 32}, "slow": {"optimizer.learning_rate": 1e-4}}
 # Made-up final losses: 'wide' is lower by 0.1 in every seed, 'slow' differs by noise alone.

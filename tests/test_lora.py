@@ -17,7 +17,8 @@ from gpt_jax.model.lora import LORA_BASE, merge_lora
 from gpt_jax.objectives.causal_lm import CausalLM
 from gpt_jax.run import build_run
 from gpt_jax.sharding import path_name
-from gpt_jax.testing import check_module, check_objective
+from gpt_jax.testing import check_objective
+from gpt_jax.testing_models import check_module
 
 EVERYWHERE = dict(lora_rank=3, lora_alpha=6.0, lora_targets=".*")
 VARIANTS = {

@@ -16,7 +16,8 @@ from gpt_jax.model import Mask, Transformer
 from gpt_jax.model.random import dropout, fold_name
 from gpt_jax.objectives.causal_lm import CausalLM
 from gpt_jax.objectives.compose import Mixture, Sum
-from gpt_jax.testing import ContractBroken, check_module, check_objective
+from gpt_jax.testing import ContractBroken, check_objective
+from gpt_jax.testing_models import check_module
 
 MODEL = Transformer(tiny(dropout=0.2, num_layers=1))
 

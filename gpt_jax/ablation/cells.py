@@ -23,12 +23,12 @@ import jax
 from gpt_jax.ablation.grid import Before, Cell, identity
 from gpt_jax.config import Config, to_dict
 from gpt_jax.config_changes import compare
-from gpt_jax.data.batches import BatchOrder, resolve_batch_schedule
 from gpt_jax.data.cache import content_hash, locked
 from gpt_jax.errors import UserError
 from gpt_jax.files import atomic_write
 from gpt_jax.metrics import read_rows
 from gpt_jax.options import import_path
+from gpt_jax.run import build_run, order_of
 
 FILE = "cell.json"
 MISSING, MISMATCHED, DONE = "missing", "mismatched", "done"
@@ -254,23 +254,9 @@ def _flops_before(cell: Cell) -> float:
     return (record.get("flops_per_step") or 0.0) * order.rows_before(before.config.steps) / order.batch_size
 
 
-def order_of(config: Config) -> BatchOrder:
-    """How many rows each step of a run reads."""
-    schedule = resolve_batch_schedule(
-        config.batch_schedule,
-        batch_size=config.batch_size,
-        context_length=config.context_length,
-        steps=config.steps,
-        micro=config.batch_size // config.microbatches,
-    )
-    return BatchOrder(config.batch_size, schedule, config.data.skip)
-
-
 def _flops(config: Config) -> float | None:
     """Counts one update on a whole batch as the compiler sees it before it optimises, without recomputation: loops are
     unrolled."""
-    from gpt_jax.run import build_run
-
     plain = dataclasses.replace(config.model, unroll=0, remat="none")
     plain = dataclasses.replace(config, model=plain, microbatches=1, batch_schedule=())
     cost = build_run(plain, log=lambda line: None).step.lower().cost_analysis()

@@ -22,7 +22,6 @@ from gpt_jax.ablation.cells import (
     check_data,
     data_hash,
     final_values,
-    order_of,
     status_of,
 )
 from gpt_jax.ablation.grid import Ablation, Cell
@@ -31,6 +30,7 @@ from gpt_jax.config_changes import FREE, classify, flatten
 from gpt_jax.data.batches import BatchOrder
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import read_rows
+from gpt_jax.run import order_of
 from gpt_jax.throughput import model_flops_per_token
 
 ALPHA = 0.05

@@ -11,12 +11,6 @@ import numpy as np
 Row = dict[str, np.ndarray]
 Arrays = Mapping[str, tuple[tuple[int, ...], Any]]  # name -> (shape of a row, dtype)
 
-LAYOUTS = {  # of plain text, by the names that `data.layout` takes
-    "packed": "documents run on across rows",
-    "padded": "a document per row",
-    "bins": "whole documents packed into rows",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class TextRows:

@@ -7,10 +7,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gpt_jax.config_ranges import LAYOUTS
 from gpt_jax.data import cache
 from gpt_jax.data.batches import BatchOrder, TrainSource, ValidSource, ValidText, batch_spec
 from gpt_jax.data.build import build_store
-from gpt_jax.data.formats import LAYOUTS, Part
+from gpt_jax.data.formats import Part
 from gpt_jax.data.mixture import MixtureSource
 from gpt_jax.data.permutation import mix
 from gpt_jax.data.readers import Progress, expand_variables
