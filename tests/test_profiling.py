@@ -84,3 +84,12 @@ def test_a_run_leaves_a_trace_with_the_steps_in_it(tmp_path, capsys):
     (file,) = (tmp_path / "run" / "profile").glob("**/*.trace.json.gz")
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     assert sum("update" in e.get("name", "") for e in events) >= 2
+
+
+def test_a_run_refuses_to_trace_steps_that_it_does_not_make(tmp_path, capsys):
+    keys = dict(steps=2, batch_size=8, context_length=32) | {"model.num_layers": 1, "model.d_model": 16}
+    keys |= {"model.num_heads": 2, "data.tokenizer.kind": "byte"}
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    assert main(["train", "--config=quickstart", f"--workdir={tmp_path}/run", "--profile=500:502", *flags]) == 1
+    said = capsys.readouterr()
+    assert "--profile is 500:502, and this run makes the steps 1 to 2." in said.err and "step 00001" not in said.out
