@@ -57,7 +57,8 @@ def parse_steps(text: str) -> range:
 def check_steps(steps: range, start: int, end: int) -> None:
     """Raises UserError if a run from step `start` to `end` makes none of the steps to trace."""
     if steps and not set(steps) & set(range(start + 1, end + 1)):
-        raise UserError(f"--profile is {steps[0]}:{steps[-1]}, and this run makes the steps {start + 1} to {end}.")
+        makes = f"makes the steps {start + 1} to {end}" if start < end else f"has made all of its {end} steps"
+        raise UserError(f"--profile is {steps[0]}:{steps[-1]}, and this run {makes}.")
 
 
 class Trace:

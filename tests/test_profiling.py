@@ -24,7 +24,7 @@ def test_steps_that_a_run_does_not_make_are_refused():
     check_steps(range(0), 5, 5)
     check_steps(range(3, 99), 5, 6)
     for steps, start, end in ((range(7, 9), 0, 6), (range(2, 6), 5, 9), (range(3, 4), 5, 5)):
-        with pytest.raises(UserError, match=f"--profile is {steps[0]}:{steps[-1]}, and this run makes the steps"):
+        with pytest.raises(UserError, match=f"--profile is {steps[0]}:{steps[-1]}, and this run (makes|has made)"):
             check_steps(steps, start, end)
 
 
